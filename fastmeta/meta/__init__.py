@@ -1,0 +1,1 @@
+"""Learning the start: MAML, Reptile, the paper's baselines, and how starts are compared."""

@@ -1,0 +1,183 @@
+"""MAML: the gradient of the loss after K inner steps, with respect to where they started."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..ops import dispatch
+from ..ops.adapt import check_memory, check_steps, expand_rates
+from ..rules import MetaSGD, Momentum, Rule, resolve
+from ..spec import MLP
+
+
+class MAML(nn.Module):
+    """One learned initialisation; ``forward(batch)`` is the loss after K inner steps, its backward the meta-gradient.
+
+    ``loss = mean_t L_query(θ_K)``, ``θ_{k+1} = θ_k − α_k ⊙ u_k(∇L_k(θ_k))``, ``θ_0 = init`` for every task.
+    Order 2 is exact for every rule: θ_0..θ_K are stored and ``λ_k = λ_{k+1} + H_k ḡ_k`` is walked back, one
+    Hessian-vector product a step, without a double-backward graph. Order 1 (FOMAML) takes ``λ_0 = λ_K``.
+
+    Args:
+        net: the network's specification.
+        inner_steps: K >= 1.
+        inner_lr: α, a number or a tensor that broadcasts to [K,T,P]; learned where it is an ``nn.Parameter`` or the
+            rule is "meta_sgd" (then one rate per parameter [P], unless a tensor of another shape is given).
+        order: 2 or 1.
+        rule: "sgd", "momentum", "adam", "meta_sgd", or a frozen object of ``fastmeta.rules``.
+        init: [P] to begin with; None: ``net.init()``.
+        max_memory: bytes of activations that may be held beyond the trajectory K·T·P (three times that for Adam).
+        impl, precision: as in ``fm.mlp``.
+
+    The query set of an outer step uses step index K of its draws. Differentiable once, in ``init`` and a learned
+    ``inner_lr``; a gradient of the meta-gradient raises.
+
+    Raises:
+        ValueError, TypeError: arguments or batches that do not fit.
+
+    Source: Finn et al. 2017; Li et al. 2017 (Meta-SGD); Tancik et al. 2021, section 3.
+    """
+
+    def __init__(
+        self,
+        net: MLP,
+        inner_steps: int,
+        inner_lr: float | Tensor,
+        *,
+        order: int = 2,
+        rule: str | Rule = "sgd",
+        init: Tensor | None = None,
+        max_memory: int | None = None,
+        impl: str | None = None,
+        precision: str | None = None,
+    ) -> None:
+        super().__init__()
+        if order not in (1, 2):
+            raise ValueError(f"MAML: order is {order!r}; accepted are 1 and 2")
+        self.net = dispatch.network("MAML", net)
+        self.inner_steps = check_steps("MAML", inner_steps, 1)
+        self.order, self.rule = order, resolve(rule)
+        self.max_memory = check_memory("MAML", max_memory)
+        self.impl, self.precision = impl, precision
+        self.init = start("MAML", net, init)
+        if isinstance(self.rule, MetaSGD) and not isinstance(inner_lr, nn.Parameter):
+            given = torch.as_tensor(inner_lr, dtype=self.init.dtype)
+            rates = given if given.dim() else given.expand(net.num_params)
+            inner_lr = nn.Parameter(rates.detach().clone().to(self.init.device))
+        hold_rate(self, inner_lr)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean over tasks of the query loss at θ_K, a scalar."""
+        rows, case = dispatch.task_case("maml", self.net, self.init, batch, self.precision, self.rule, self.order)
+        rates = expand_rates("MAML", self.inner_lr, self.inner_steps, batch.tasks, rows)
+        worker = dispatch.choose(case, self.impl)
+        plan = _Plan(worker, self.net, batch, rates.detach(), self.rule, self.order, self.max_memory)
+        learned = self.inner_lr if isinstance(self.inner_lr, nn.Parameter) else None
+        return _MetaLoss.apply(plan, self.init, learned)
+
+    def extra_repr(self) -> str:
+        return f"{self.net}, inner_steps={self.inner_steps}, order={self.order}, rule={self.rule}"
+
+
+def start(op: str, net: MLP, init: Tensor | None) -> nn.Parameter:
+    """The learned initialisation as a parameter [P]."""
+    if init is None:
+        return nn.Parameter(net.init()[0])
+    init = dispatch.tensor(op, "init", init, dims=(1,))
+    return nn.Parameter(dispatch.parameters(op, net, init)[0].detach().clone())
+
+
+def hold_rate(module: nn.Module, inner_lr: float | Tensor) -> None:
+    """Keep α on the module: a parameter where it is learned, a buffer where it is a tensor, else a number."""
+    if isinstance(inner_lr, Tensor) and not isinstance(inner_lr, nn.Parameter):
+        module.register_buffer("inner_lr", inner_lr.detach().clone())
+    else:
+        module.inner_lr = inner_lr if isinstance(inner_lr, nn.Parameter) else float(inner_lr)
+
+
+class _Plan(NamedTuple):
+    worker: Any
+    net: MLP
+    batch: Batch
+    lr: Tensor  # [K,T,P], a view
+    rule: Rule
+    order: int
+    max_memory: int | None
+
+
+class _MetaLoss(torch.autograd.Function):
+    """The loss after the inner loop; λ_K comes with it, the walk back happens in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, init: Tensor, learned: Tensor | None) -> Tensor:
+        worker, net, batch, lr, rule, order, memory = plan
+        _, want_init, want_rate = ctx.needs_input_grad
+        second = order == 2 and (want_init or want_rate)
+        theta, _, thetas, states, updates = worker.adapt(
+            net,
+            init[None],
+            batch,
+            lr,
+            rule,
+            keep=second,
+            keep_state=second and (rule.name == "adam" or (want_rate and isinstance(rule, Momentum))),
+            keep_updates=order == 1 and want_rate,
+            max_memory=memory,
+        )
+        query = batch if batch.query is None else batch.query
+        if not (want_init or want_rate):
+            return worker.loss(net, theta, query, lr.shape[0]).mean()
+        loss, lam = worker.loss_grad(net, theta, query, lr.shape[0], memory)
+        ctx.plan, ctx.states = plan, states
+        ctx.save_for_backward(lam, thetas, updates, learned)
+        return loss.mean()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple:
+        learned = ctx.saved_tensors[-1] if ctx.needs_input_grad[2] else None
+        ginit, glr = _Walk.apply(ctx.plan, ctx.states, cotangent, *ctx.saved_tensors[:-1], learned)
+        return None, ginit, glr
+
+
+class _Walk(torch.autograd.Function):
+    """The meta-gradient times the incoming cotangent; it has no derivative of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: _Plan,
+        states: list,
+        cotangent: Tensor,
+        lam: Tensor,
+        thetas: Tensor | None,
+        updates: Tensor | None,
+        learned: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        worker, net, batch, lr, rule, order, memory = plan
+        lam = lam * (cotangent / batch.tasks)
+        rates = None if learned is None else _RateGradient(learned)
+        if order == 2:
+            lam = worker.walk(net, thetas, states, batch, lr, rule, lam, rates, memory)
+        elif rates is not None and updates is not None:
+            for k, u in enumerate(updates):
+                rates(k, -lam * u)
+        return lam.sum(0), None if rates is None else rates.total
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple:
+        raise RuntimeError("MAML: a derivative of the meta-gradient was asked for; the loss is differentiable once")
+
+
+class _RateGradient:
+    """Sums ā_k [T,P] into the shape in which the rates were given."""
+
+    def __init__(self, lr: Tensor) -> None:
+        self.total = torch.zeros_like(lr)
+        self.per_step = lr.dim() == 3 and lr.shape[0] > 1
+
+    def __call__(self, k: int, part: Tensor) -> None:
+        total = self.total[k] if self.per_step else self.total
+        total += part[None].sum_to_size(total.shape) if total.dim() == 3 else part.sum_to_size(total.shape)

@@ -1,0 +1,1 @@
+"""The ops: signature, docstring, checks and autograd, once each; workers compute."""

@@ -1,0 +1,155 @@
+"""Task losses with their gradients and Hessian-vector products, and the inner loop: every task of a batch at once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..rules import Rule, resolve
+from ..spec import MLP
+from . import dispatch
+
+_FACES = "fm.mlp, fm.MAML and fm.Reptile"
+
+
+class Adapted(NamedTuple):
+    """What ``adapt`` returns: params θ_K [T,P], losses [K,T] with losses[k] = L(θ_k), trajectory [K+1,T,P] or None."""
+
+    params: Tensor
+    losses: Tensor
+    trajectory: Tensor | None
+
+
+def loss_grad(
+    net: MLP, params: Tensor, batch: Batch, *, step: int = 0, impl: str | None = None, precision: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each task's loss and its gradient in the parameters.
+
+    ``L = (1/M) Σ ℓ(measure(mlp(params, encode(x))), y)``, M = valid points × channels; ``grad = ∇L``.
+
+    Args:
+        net: the network's specification.
+        params: [T,P], or [P] shared.
+        batch: the tasks' support data (``batch.query`` is not read).
+        step: which draw of a batch with ``per_step``, and of its jitter.
+        impl, precision: as in ``mlp``.
+
+    Returns:
+        loss [T], grad [T,P]: one row per task even where params are shared. No gradient flows through them; taking
+        one raises.
+
+    Raises:
+        ValueError, TypeError: data that do not fit the network, or a worker that cannot run the case.
+
+    Source: Tancik et al. 2021, section 3.
+    """
+    rows, case = dispatch.task_case("loss_grad", net, params, batch, precision)
+    result = dispatch.choose(case, impl).loss_grad(net, rows.detach(), batch, step)
+    return dispatch.refuse_gradient("loss_grad", _FACES, (params,), result)
+
+
+def loss_hvp(
+    net: MLP,
+    params: Tensor,
+    v: Tensor,
+    batch: Batch,
+    *,
+    step: int = 0,
+    impl: str | None = None,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each task's gradient and Hessian-vector product, ``(∇L, ∇²L v)``, in one dual pass.
+
+    Args:
+        net, params, batch, step, impl, precision: as in ``loss_grad``.
+        v: direction [T,P], or [P] shared.
+
+    Returns:
+        grad [T,P], hv [T,P]. No gradient flows through them; taking one raises.
+
+    Raises:
+        ValueError, TypeError: data that do not fit the network, or a worker that cannot run the case.
+
+    Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+    """
+    rows, case = dispatch.task_case("loss_hvp", net, params, batch, precision, order=2)
+    direction = dispatch.parameters("loss_hvp v", net, v, batch.tasks)
+    dispatch.agree("loss_hvp", params=rows, v=direction)
+    direction = direction.detach().expand(batch.tasks, -1)
+    rows = rows.detach().expand(batch.tasks, -1)
+    result = dispatch.choose(case, impl).loss_hvp(net, rows, direction, batch, step)
+    return dispatch.refuse_gradient("loss_hvp", _FACES, (params, v), result)
+
+
+def adapt(
+    net: MLP,
+    params: Tensor,
+    batch: Batch,
+    steps: int,
+    lr: float | Tensor,
+    *,
+    rule: str | Rule = "sgd",
+    keep: bool = False,
+    max_memory: int | None = None,
+    impl: str | None = None,
+    precision: str | None = None,
+) -> Adapted:
+    """The inner loop: K steps of an inner rule on every task, ``θ_{k+1} = θ_k − α_k ⊙ u_k(∇L_k(θ_k))``.
+
+    Args:
+        net: the network's specification.
+        params: the start, [P] shared or [T,P].
+        batch: the tasks; step k sees all points, or its own draw where the batch has ``per_step``.
+        steps: K >= 0.
+        lr: α, a number or a tensor that broadcasts to [K,T,P], such as [T,1], [P] or [K,1,1].
+        rule: "sgd", "momentum", "adam", "meta_sgd", or a frozen object of ``fastmeta.rules``.
+        keep: also return θ_0..θ_K.
+        max_memory: bytes of activations that may be held at a time; 0: one small tile; None: a size chosen for speed.
+        impl, precision: as in ``mlp``.
+
+    Returns:
+        Adapted(params [T,P], losses [K,T] with losses[k] = L(θ_k) before step k, trajectory [K+1,T,P] or None).
+        No gradient flows through them; taking one raises (``fm.MAML`` is the differentiable face).
+
+    Raises:
+        ValueError, TypeError: data that do not fit the network, rates that do not broadcast, or a worker that cannot
+        run the case.
+
+    Source: Tancik et al. 2021, section 3; Finn et al. 2017.
+    """
+    rule = resolve(rule)
+    rows, case = dispatch.task_case("adapt", net, params, batch, precision, rule)
+    rates = expand_rates("adapt", lr, check_steps("adapt", steps, 0), batch.tasks, rows)
+    memory = check_memory("adapt", max_memory)
+    worker = dispatch.choose(case, impl)
+    theta, losses, thetas, _, _ = worker.adapt(
+        net, rows.detach(), batch, rates.detach(), rule, keep=keep, max_memory=memory
+    )
+    outputs = (theta, losses) if thetas is None else (theta, losses, thetas)
+    return Adapted(*dispatch.refuse_gradient("adapt", _FACES, (params, lr), outputs), *([None] * (thetas is None)))
+
+
+def expand_rates(op: str, lr: float | Tensor, steps: int, tasks: int, params: Tensor) -> Tensor:
+    """Inner rates as a [K,T,P] view."""
+    if not isinstance(lr, Tensor):
+        lr = torch.tensor(float(lr), dtype=params.dtype, device=params.device)
+    full = (steps, tasks, params.shape[-1])
+    try:
+        return dispatch.tensor(op, "lr", lr).to(params.device, params.dtype).expand(full)
+    except RuntimeError:
+        raise ValueError(f"{op}: lr has shape {tuple(lr.shape)}; accepted is what broadcasts to [K,T,P] = {full}") from None
+
+
+def check_steps(op: str, steps: Any, least: int) -> int:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < least:
+        raise ValueError(f"{op}: steps is {steps!r}; accepted is an integer >= {least}")
+    return steps
+
+
+def check_memory(op: str, max_memory: Any) -> int | None:
+    if max_memory is not None and (not isinstance(max_memory, int) or max_memory < 0):
+        raise ValueError(f"{op}: max_memory is {max_memory!r}; accepted are None and a number of bytes >= 0")
+    return max_memory

@@ -1,0 +1,66 @@
+"""``sinogram = project(image, angles)``: the CT operator, linear, with its adjoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import nearest_pixels
+from . import dispatch
+
+
+def project(image: Tensor, angles: Tensor, *, impl: str | None = None, precision: str | None = None) -> Tensor:
+    """The mean of an image along parallel lines at each angle.
+
+    ``sino[a,c] = (1/W) Σ_r image[k(a,r,c)]``, k the nearest pixel of the image rotated by the angle, 0 outside.
+
+    Args:
+        image: [T,W,W], square.
+        angles: [T,A] in radians, in any floating dtype; not differentiable.
+        impl, precision: as in ``mlp``.
+
+    Returns:
+        sinogram [T,A,W]. Linear in the image, so differentiable any number of times in it.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit; angles that ask for a gradient.
+
+    Source: Tancik et al. 2021, CT notebook.
+    """
+    image = dispatch.tensor("project", "image", image, dims=(3,))
+    angles = dispatch.tensor("project", "angles", angles, dims=(2,))
+    if image.shape[1] != image.shape[2] or 0 in image.shape:
+        raise ValueError(f"project: image has shape {tuple(image.shape)}; accepted are square images [T,W,W]")
+    if angles.shape[0] != image.shape[0] or angles.shape[1] == 0:
+        raise ValueError(f"project: angles has shape {tuple(angles.shape)}; accepted is [{image.shape[0]},A]")
+    if angles.requires_grad:
+        raise ValueError("project: angles asks for a gradient; the nearest-pixel operator has none in the angles")
+    if not bool(torch.isfinite(angles).all()):
+        raise ValueError("project: angles holds NaN or infinity; accepted are finite radians")
+    case = dispatch.Case("project", image.dtype, image.device.type, precision, order=2)
+    pixels = nearest_pixels(angles.to(image.device), image.shape[-1])
+    return _Project.apply(dispatch.choose(case, impl), pixels, image)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, worker: Any, pixels: Tensor, image: Tensor) -> Tensor:
+        ctx.worker, ctx.pixels = worker, pixels
+        return worker.project(image, pixels)
+
+    @staticmethod
+    def backward(ctx: Any, gsino: Tensor) -> tuple:
+        return None, None, _Adjoint.apply(ctx.worker, ctx.pixels, gsino)
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, worker: Any, pixels: Tensor, gsino: Tensor) -> Tensor:
+        ctx.worker, ctx.pixels = worker, pixels
+        return worker.project_adjoint(gsino, pixels)
+
+    @staticmethod
+    def backward(ctx: Any, image: Tensor) -> tuple:
+        return None, None, _Project.apply(ctx.worker, ctx.pixels, image)
