@@ -2,8 +2,8 @@
 
 from . import rules
 from .batch import Batch, March, Project, Rays
-# from .checkpoint import load_init, save_init
-# from .convert import from_module, load_learnit, to_module
+from .checkpoint import load_init, save_init
+from .convert import from_module, load_learnit, to_module
 from .meta.maml import MAML
 from .meta.reptile import Reptile
 from .ops.adapt import Adapted, adapt, loss_grad, loss_hvp

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # The third word of the counter says what a draw is for.
-POINTS, JITTER, SEEDS, SHUFFLE = 0, 1, 2, 3
+POINTS, JITTER, SEEDS, SHUFFLE, MASKS, TEXT = range(6)
 
 _MASK = 0xFFFFFFFF
 

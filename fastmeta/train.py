@@ -1,0 +1,428 @@
+"""Meta-training on images: configuration, loop, validation, logs, checkpoints, resumption.
+
+Everything random is a function of (seed, outer step): the order of images, the points of an inner step, the start.
+A run's whole state is therefore weights, optimiser moments and the step; it is written to ``last.safetensors`` beside
+its final name and renamed, and a run that was killed ends bit for bit where it would have ended.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import rng
+from .batch import Batch
+from .checkpoint import atomic_write, load_start, save_start
+from .meta.baselines import standard
+from .meta.evaluate import Start, curve
+from .meta.maml import MAML
+from .meta.reptile import Reptile
+from .spec import MLP, fourier_mlp, siren
+from .tasks import text
+from .tasks.images import ImageSet, batches, image_batch, open_splits
+
+LAST, BEST, CONFIG, LOG, TABLE = "last.safetensors", "best.safetensors", "config.json", "log.jsonl", "log.csv"
+COLUMNS = ("step", "loss", "psnr", "grad_norm", "seconds", "val_psnr")
+# What may differ between a run and its resumption; anything else would be another run.
+_MAY_CHANGE = ("out", "iterations", "resume", "device", "threads", "impl", "save_every", "log_every")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A meta-training run on images. The defaults suit 64 × 64 images on a CPU; the paper's are named in the README."""
+
+    data: str
+    """a folder of images, an .npz or .npy file, or "text" (strings rendered by fastmeta)"""
+    out: Path
+    """folder of the run: checkpoints, logs, configuration"""
+    algorithm: Literal["maml", "reptile"] = "maml"
+    order: Literal[1, 2] = 2
+    """of MAML's gradient: 2 is exact, 1 is first order (FOMAML)"""
+    iterations: int = 1000
+    """outer steps"""
+    tasks: int = 3
+    """images per outer step"""
+    inner_steps: int = 2
+    inner_lr: float = 1e-2
+    rule: Literal["sgd", "momentum", "adam", "meta_sgd"] = "sgd"
+    """inner rule; meta_sgd learns one rate per parameter"""
+    lr: float = 5e-5
+    """rate of the outer Adam"""
+    clip: float | None = None
+    """largest norm of the outer gradient; none: no clipping"""
+    per_step: int | None = None
+    """pixels drawn anew at each inner step; none: all"""
+    size: int = 64
+    """height and width; photographs are cropped about the centre and resized"""
+    channels: Literal[1, 3] = 3
+    network: Literal["siren", "fourier"] = "siren"
+    width: int = 128
+    depth: int = 5
+    w0: float = 100.0
+    """sine frequency of a siren"""
+    features: int = 256
+    """Gaussian features of a fourier network"""
+    scale: float = 30.0
+    """their standard deviation"""
+    validation: float = 0.1
+    """share of the images for validation (of the groups, where there is a pattern)"""
+    test: float = 0.1
+    """share held out for `fastmeta eval`"""
+    group: str | None = None
+    """regular expression with one group, matched on file names: images with the same match stay in one part"""
+    validate_every: int = 100
+    validate_images: int = 16
+    save_every: int = 100
+    log_every: int = 10
+    seed: int = 0
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
+    threads: int | None = None
+    impl: Literal["reference", "cpu", "triton", "cuda"] | None = None
+    """worker; none: the fastest that accepts the case"""
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] | None = None
+    """arithmetic of the hidden layers"""
+    max_memory: int | None = None
+    """bytes of activations held at a time"""
+    resume: bool = False
+    """continue the run in --out; options not given are the run's own"""
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "inner_steps", "size", "validate_every", "validate_images", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train: {name} is {getattr(self, name)}; accepted is an integer >= 1")
+        if self.iterations < 0 or self.lr <= 0 or (self.clip is not None and self.clip <= 0):
+            raise ValueError(
+                f"train: iterations is {self.iterations}, lr {self.lr}, clip {self.clip}; "
+                "accepted are iterations >= 0, lr > 0, clip > 0"
+            )
+
+
+def network(config: Config) -> MLP:
+    """The network a configuration names."""
+    if config.network == "fourier":
+        return fourier_mlp(2, config.channels, config.width, config.depth, config.features, config.scale)
+    return siren(2, config.channels, config.width, config.depth, config.w0, output_shift=0.5)
+
+
+def open_data(config: Config) -> tuple[ImageSet, ImageSet, ImageSet]:
+    """(train, validation, test) of a configuration; the same for the same data and seed."""
+    if config.data == "text":
+        if config.channels != 3:
+            raise ValueError(f"train: channels is {config.channels}; the text class has 3")
+        return text.text_splits(config.size, seed=config.seed)
+    return open_splits(
+        config.data,
+        size=config.size,
+        channels=config.channels,
+        seed=config.seed,
+        validation=config.validation,
+        test=config.test,
+        group=config.group,
+    )
+
+
+def device(name: str) -> torch.device:
+    """The device a name stands for; "auto": cuda where there is one, else cpu."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}; accepted are auto, cpu, cuda") from None
+    return chosen
+
+
+def first(images: ImageSet, count: int, net: MLP, where: torch.device) -> Batch:
+    """The first images of a set as one batch of whole images."""
+    pixels = torch.stack([images[i] for i in range(min(count, len(images)))])
+    return image_batch(pixels.to(where), net)
+
+
+@dataclass
+class _Run:
+    """What changes while a run goes on."""
+
+    learner: MAML | Reptile
+    optimizer: torch.optim.Adam
+    step: int = 0
+    best: float = -math.inf
+    rows: list[dict] = field(default_factory=list)
+
+
+def train(config: Config) -> Path:
+    """Meta-train a start; returns the path of the best checkpoint.
+
+    Each outer step draws ``tasks`` images, adapts to each for ``inner_steps`` steps and hands the (pseudo-)gradient to
+    Adam. ``last.safetensors`` holds the whole state, ``best.safetensors`` the start with the best validation PSNR
+    after ``inner_steps`` steps. An interrupt (Ctrl-C, SIGTERM) finishes the step, saves, and raises KeyboardInterrupt.
+
+    Raises:
+        ValueError, OSError: bad data, options or output folder. FloatingPointError: the loss is not finite; nothing
+        already saved is touched.
+
+    Source: Tancik et al. 2021, section 3.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    where = device(config.device)
+    net = network(config)
+    _prepare_folder(config)
+    run = _restore(config, net, where)
+    training, validation, _ = open_data(config)
+    if len(training) == 0 or len(validation) == 0:
+        raise ValueError(f"train: {len(training)} images to learn from, {len(validation)} to validate; both need one")
+    checks = first(validation, config.validate_images, net, where)
+    with _interrupts() as interrupted, _board(config) as board:
+        feed = batches(training, tasks=config.tasks, seed=config.seed, start=run.step, stop=config.iterations)
+        for step, pixels, _ in _bar(config, feed, run):
+            started = time.perf_counter()
+            row = _outer_step(config, run, net, pixels.to(where), step)
+            row["seconds"] = round(time.perf_counter() - started, 4)
+            run.step = step + 1
+            done = run.step == config.iterations
+            if run.step % config.validate_every == 0 or done:
+                row["val_psnr"] = _validate(config, run, checks)
+            if row["val_psnr"] is not None or run.step % config.log_every == 0 or done:
+                _log(config, row, board)
+                run.rows.append(row)
+            if row["val_psnr"] is not None and row["val_psnr"] > run.best:
+                run.best = row["val_psnr"]
+                _save(config.out / BEST, config, run)
+            if run.step % config.save_every == 0 or done or interrupted.is_set():
+                _save(config.out / LAST, config, run)
+            if interrupted.is_set():
+                raise KeyboardInterrupt(f"stopped after outer step {run.step}; --resume continues it")
+    if not (config.out / LAST).exists():
+        _save(config.out / LAST, config, run)
+    if not (config.out / BEST).exists():
+        _save(config.out / BEST, config, run)
+    return config.out / BEST
+
+
+def _outer_step(config: Config, run: _Run, net: MLP, pixels: Tensor, step: int) -> dict[str, Any]:
+    """One batch of tasks: loss, gradient, Adam."""
+    seed = None
+    if config.per_step is not None:
+        seed = rng.task_seeds(config.seed, step, pixels.shape[0]).to(pixels.device)
+    batch = image_batch(pixels, net, seed=seed, per_step=config.per_step)
+    loss = run.learner(batch)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(run.learner.parameters(), math.inf if config.clip is None else config.clip)
+    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        raise FloatingPointError(
+            f"train: the loss is {loss.item():g} and its gradient's norm {norm.item():g} at outer step {step}; "
+            f"a smaller inner_lr ({config.inner_lr:g}) or lr ({config.lr:g}) may help; saved checkpoints are untouched"
+        )
+    run.optimizer.step()
+    value = loss.item()
+    return {
+        "step": step + 1,
+        "loss": value,
+        "psnr": round(-10 * math.log10(max(value, 1e-30)), 4),
+        "grad_norm": norm.item(),
+        "seconds": 0.0,
+        "val_psnr": None,
+    }
+
+
+def _validate(config: Config, run: _Run, checks: Batch) -> float:
+    """Mean PSNR of the validation images after the inner steps."""
+    learner = run.learner
+    rate = learner.inner_lr.detach() if isinstance(learner.inner_lr, Tensor) else learner.inner_lr
+    start = Start(learner.init.detach(), rate, learner.rule)
+    scores = []
+    for i in range(0, checks.tasks, 4):
+        part = checks.take(slice(i, i + 4))
+        scores.append(
+            curve(learner.net, start, part, config.inner_steps, impl=config.impl, precision=config.precision)[0]
+        )
+    return round(float(torch.cat(scores)[:, -1].mean()), 4)
+
+
+# State on disk --------------------------------------------------------------------------------------------------------
+
+
+def saved_config(folder: Path) -> Config:
+    """The configuration of a run's folder."""
+    path = folder / CONFIG
+    try:
+        stored = json.loads(path.read_text())
+        known = {f.name for f in dataclasses.fields(Config)}
+        unknown = sorted(set(stored) - known)
+        if unknown:
+            raise ValueError(f"unknown options {', '.join(unknown)}")
+        return Config(**{**stored, "out": folder, "resume": False})
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder}: no {CONFIG} there; accepted is the folder of a training run") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not the configuration of a run: {error}") from None
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    plain = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in plain.items() if k not in ("out", "resume")}
+
+
+def _prepare_folder(config: Config) -> None:
+    """Make the run's folder and write its configuration; refuse to run over another run."""
+    out = config.out
+    held = (out / CONFIG).exists() or (out / LAST).exists()
+    if held and not config.resume:
+        raise ValueError(f"{out}: holds a run already; accepted are --resume, or a folder of its own with --out")
+    if config.resume:
+        if not held:
+            raise FileNotFoundError(f"{out}: --resume needs a run there, and there is none")
+        before, now = _as_json(saved_config(out)), _as_json(config)
+        changed = [k for k in now if k not in _MAY_CHANGE and now[k] != before.get(k)]
+        if changed:
+            came = ", ".join(f"{k} {before.get(k)} -> {now[k]}" for k in changed)
+            raise ValueError(f"{out}: --resume with other options ({came}); accepted to change: {', '.join(_MAY_CHANGE)}")
+    out.mkdir(parents=True, exist_ok=True)
+    text_ = json.dumps(_as_json(config), indent=1)
+    atomic_write(out / CONFIG, lambda path: path.write_text(text_ + "\n"))
+
+
+def _restore(config: Config, net: MLP, where: torch.device) -> _Run:
+    """The run at its last checkpoint, or a new one."""
+    kind: Any = MAML if config.algorithm == "maml" else Reptile
+    options: dict[str, Any] = {"order": config.order} if config.algorithm == "maml" else {}
+    for name in ("rule", "impl", "precision", "max_memory"):
+        options[name] = getattr(config, name)
+    init = standard(net, seed=config.seed)
+    learner = kind(net, config.inner_steps, config.inner_lr, init=init, **options).to(where)
+    run = _Run(learner, torch.optim.Adam(learner.parameters(), lr=config.lr))
+    if config.resume and (config.out / LAST).exists():
+        _load(config.out / LAST, config, run)
+    _rewrite_logs(config, run)
+    return run
+
+
+def _save(path: Path, config: Config, run: _Run) -> None:
+    """Weights, learned rates, Adam's moments and the step, in one file."""
+    extra = {f"{n}": p for n, p in run.learner.named_parameters() if n != "init"}
+    for name, parameter in run.learner.named_parameters():
+        for key, value in run.optimizer.state.get(parameter, {}).items():
+            extra[f"adam.{name}.{key}"] = torch.as_tensor(value)
+    meta = {"step": run.step, "best": run.best, "config": _as_json(config)}
+    save_start(path, run.learner.net, run.learner.init, extra=extra, meta=meta)
+
+
+def _load(path: Path, config: Config, run: _Run) -> None:
+    net, init, extra, meta = load_start(path)
+    if net != run.learner.net:
+        raise ValueError(f"{path}: holds {net}; accepted is the run's {run.learner.net}")
+    stored = {"init": init, **extra}
+    with torch.no_grad():
+        for name, parameter in run.learner.named_parameters():
+            parameter.copy_(stored[name])
+            state = {k.rsplit(".", 1)[1]: v for k, v in extra.items() if k.startswith(f"adam.{name}.")}
+            if state:
+                run.optimizer.state[parameter] = {
+                    k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+                }
+    run.step, run.best = int(meta["step"]), float(meta["best"])
+    if run.step > config.iterations:
+        raise ValueError(f"{path}: is at step {run.step}; accepted are iterations beyond it, not {config.iterations}")
+    run.rows = [row for row in _read_log(config.out / LOG) if row["step"] <= run.step]
+
+
+def _read_log(path: Path) -> list[dict]:
+    """Rows of a log; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _rewrite_logs(config: Config, run: _Run) -> None:
+    """Both logs from the rows up to the checkpoint: what came after it will come again."""
+    lines = "".join(json.dumps(row) + "\n" for row in run.rows)
+    table = io.StringIO()
+    csv.DictWriter(table, COLUMNS).writeheader()
+    csv.DictWriter(table, COLUMNS).writerows(run.rows)
+    atomic_write(config.out / LOG, lambda path: path.write_text(lines))
+    atomic_write(config.out / TABLE, lambda path: path.write_text(table.getvalue(), newline=""))
+
+
+def _log(config: Config, row: dict[str, Any], board: Any) -> None:
+    with open(config.out / LOG, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    with open(config.out / TABLE, "a", newline="") as file:
+        csv.DictWriter(file, COLUMNS).writerow(row)
+    if board is not None:
+        for name in COLUMNS[1:]:
+            if row[name] is not None:
+                board.add_scalar(name, row[name], row["step"])
+
+
+@contextmanager
+def _board(config: Config) -> Iterator[Any]:
+    """A TensorBoard writer where the package is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        yield None
+        return
+    with SummaryWriter(str(config.out / "tensorboard")) as board:
+        yield board
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set once; a second one interrupts at once. In the main thread only."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt("stopped at once; the last checkpoint is intact")
+        event.set()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+def _bar(config: Config, feed: Iterator, run: _Run) -> Iterator:
+    """The feed under a progress bar that shows loss and PSNR."""
+    from tqdm import tqdm
+
+    with tqdm(
+        feed, total=config.iterations, initial=run.step, desc=config.algorithm, file=sys.stderr, mininterval=0.5
+    ) as bar:
+        for item in bar:
+            yield item
+            if run.rows:
+                row = run.rows[-1]
+                shown = {"loss": f"{row['loss']:.4f}", "PSNR": f"{row['psnr']:.2f} dB"}
+                if run.best > -math.inf:
+                    shown["best val"] = f"{run.best:.2f} dB"
+                bar.set_postfix(shown, refresh=False)

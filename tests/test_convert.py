@@ -1,0 +1,833 @@
+"""Networks in and out: exact round trips, the authors' own files, and pickles that mean harm."""
+
+import base64
+import collections
+import copy
+import math
+import os
+import pickle
+import subprocess
+import sys
+import types
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastmeta.convert import from_module, load_learnit, to_module
+from fastmeta.spec import ACTIVATIONS, MLP, OUTPUTS, Encoding, fourier_mlp, nerf_mlp, siren
+
+NETS = {
+    "images": siren(2, 3, 17, 5, w0=200.0, output_shift=0.5),
+    "ct": fourier_mlp(2, 1, 9, 5, features=16),
+    "views": nerf_mlp(11, 6, frequencies=4, max_exponent=2.0),
+    "two_w0": MLP(3, 2, 7, 3, "sine", 30.0, 1 / 3, coords="centers"),
+    # depth 2 has no second sine layer, so w0 shows in no computation; it still has to come back
+    "depth_2": MLP(1, 1, 4, 2, "sine", 30.0, 7.0, output="tanh", output_shift=-0.1),
+    "raw_too": MLP(
+        3, 4, 5, 4, "gelu", encoding=Encoding.frequencies(3, 2, 1.0, include_input=True)
+    ),
+    **{f"hidden_{a}": MLP(2, 3, 6, 4, a) for a in ACTIVATIONS if a != "sine"},
+    **{f"output_{o}": MLP(2, 3, 6, 3, "tanh", output=o, output_shift=1e-3) for o in OUTPUTS},
+}
+every_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+
+
+def weights(net: MLP, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    """Starting weights with biases that are not zero, [P]."""
+    generator = torch.Generator().manual_seed(seed)
+    init = net.init(generator=generator)[0].to(dtype)
+    return init + 0.01 * torch.randn(init.shape, generator=generator).to(dtype)
+
+
+def plain(net: MLP, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The network written out once more, from the text of PAPER.md: shares no code with fastmeta.
+
+    Source: Tancik et al. 2021; Sitzmann et al. 2020.
+    """
+    phi = {
+        "relu": lambda z: z.clamp(min=0),
+        "tanh": torch.tanh,
+        "sigmoid": lambda z: 1 / (1 + (-z).exp()),
+        "softplus": lambda z: (1 + z.exp()).log(),
+        "gelu": lambda z: z * 0.5 * (1 + (z / math.sqrt(2)).erf()),
+        "silu": lambda z: z / (1 + (-z).exp()),
+        "none": lambda z: z,
+        "linear": lambda z: z,
+    }
+    h = x
+    if net.encoding is not None:
+        h = torch.sin(x @ net.encoding.B.to(x) + net.encoding.phi.to(x))
+        h = torch.cat([x, h], -1) if net.encoding.include_input else h
+    at = 0
+    for index in range(net.depth):
+        last = index == net.depth - 1
+        rows, columns = net.out_features if last else net.width, h.shape[-1]
+        w = params[at : at + rows * columns].view(rows, columns)
+        b = params[at + rows * columns : at + rows * columns + rows]
+        at += rows * columns + rows
+        h = h @ w.T + b
+        if last:
+            h = phi[net.output](h) + net.output_shift
+        elif net.activation == "sine":
+            h = torch.sin((net.w0 if index else net.w0_first) * h)
+        else:
+            h = phi[net.activation](h)
+    assert at == params.numel()
+    return h
+
+
+# ---- to_module
+
+
+@every_net
+def test_module_computes_the_network_in_float64(net):
+    params = weights(net, dtype=torch.float64)
+    x = torch.rand(3, 17, net.in_features, dtype=torch.float64)
+    y = to_module(net, params)(x)
+    expected = plain(net, params, x)
+    assert y.dtype == torch.float64 and y.shape == (3, 17, net.out_features)
+    assert (y - expected).abs().max() <= 1e-12 * max(1.0, expected.abs().max().item())
+
+
+@every_net
+def test_module_computes_the_network_in_float32(net):
+    """The error may be twice that of plain torch at the same precision, plus one rounding."""
+    params, x = weights(net), torch.rand(1000, net.in_features)
+    truth = plain(net, params.double(), x.double())
+    own = (to_module(net, params)(x) - truth).abs().max().item()
+    other = (plain(net, params, x) - truth).abs().max().item()
+    rounding = torch.finfo(torch.float32).eps * truth.abs().max().item()
+    print(f"error {own:.3g}, plain torch {other:.3g}")
+    assert own <= 2 * other + rounding
+
+
+@every_net
+def test_gradients_of_the_module_are_those_of_the_network(net):
+    params = weights(net, dtype=torch.float64).requires_grad_()
+    x = torch.rand(13, net.in_features, dtype=torch.float64)
+    expected = torch.autograd.grad(plain(net, params, x).square().mean(), params)[0]
+    module = to_module(net, params)
+    module(x).square().mean().backward()
+    grad = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
+    assert params.grad is None
+    assert (grad - expected).abs().max() <= 1e-12 * max(1.0, expected.abs().max().item())
+
+
+@every_net
+def test_round_trip_through_everything_a_user_does(net, tmp_path):
+    params = weights(net)
+    module = to_module(net, params)
+    torch.save(module, tmp_path / "m.pt")
+    loaded = torch.load(tmp_path / "m.pt", weights_only=False)
+    copies = [module, loaded, copy.copy(module), copy.deepcopy(module), copy.deepcopy(loaded)]
+    copies += [pickle.loads(pickle.dumps(copy.deepcopy(loaded))), to_module(net, params).double()]
+    for other in copies:
+        back, flat = from_module(other)
+        assert back == net and torch.equal(flat.float(), params) and not flat.requires_grad
+    assert copies[-1](torch.rand(2, net.in_features).double()).dtype == torch.float64
+
+
+@every_net
+def test_export_trace_and_func(net):
+    module, x = to_module(net, weights(net)), torch.rand(5, net.in_features)
+    y = module(x)
+    assert torch.equal(torch.export.export(module, (x,)).module()(x), y)
+    assert torch.equal(torch.jit.trace(module, x)(x), y)
+    doubled = {name: 2 * value.detach() for name, value in module.named_parameters()}
+    changed = torch.func.functional_call(module, doubled, x)
+    flat = torch.cat([value.reshape(-1) for value in doubled.values()])
+    assert torch.equal(changed, to_module(net, flat)(x)) and not torch.equal(changed, y)
+
+
+@every_net
+def test_state_dict_through_safetensors(net, tmp_path):
+    params, x = weights(net), torch.rand(5, net.in_features)
+    module = to_module(net, params)
+    names = [f"layers.{i}.{part}" for i in range(net.depth) for part in ("weight", "bias")]
+    names += ["encoding.B", "encoding.phi"] if net.encoding is not None else []
+    assert sorted(module.state_dict()) == sorted(names)
+    save_file(module.state_dict(), tmp_path / "m.safetensors")
+    empty = to_module(net, torch.zeros_like(params))
+    empty.load_state_dict(load_file(tmp_path / "m.safetensors"))
+    assert torch.equal(empty(x), module(x)) and torch.equal(from_module(empty)[1], params)
+
+
+def test_module_runs_in_a_process_without_fastmeta(tmp_path):
+    for name, net in NETS.items():
+        module, x = to_module(net, weights(net)), torch.rand(5, net.in_features)
+        torch.save((module, x, module(x).detach()), tmp_path / f"{name}.pt")
+    script = """
+import sys, torch
+sys.modules["fastmeta"] = None  # any import of it raises
+from pathlib import Path
+files = sorted(Path(sys.argv[1]).glob("*.pt"))
+for file in files:
+    module, x, y = torch.load(file, weights_only=False)
+    assert torch.equal(module(x), y), file
+    opt = torch.optim.SGD(module.parameters(), lr=1e-4)
+    loss = (module(x) - y - 1).square().mean()
+    loss.backward()
+    opt.step()
+    assert (module(x) - y - 1).square().mean() < loss, file
+    assert module.double()(x.double()).dtype == torch.float64
+    torch.save(module.float(), file)
+print("ran", len(files))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"ran {len(NETS)}", done.stderr
+    for name, net in NETS.items():  # trained over there, and back
+        back, flat = from_module(torch.load(tmp_path / f"{name}.pt", weights_only=False))
+        assert back == net and not torch.equal(flat, weights(net))
+
+
+def test_module_trains_and_keeps_its_own_copy():
+    net = NETS["images"]
+    params = weights(net)
+    before, state = params.clone(), torch.get_rng_state()
+    module = to_module(net, params)
+    assert torch.equal(torch.get_rng_state(), state)  # building it draws no random numbers
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.rand(64, 2, generator=generator), torch.rand(64, 3, generator=generator)
+    opt = torch.optim.Adam(module.parameters(), lr=1e-4)
+    losses = []
+    for _ in range(60):
+        loss = (module(x) - y).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0] and torch.equal(params, before)
+    back, flat = from_module(module)
+    assert back == net and (plain(back, flat, x) - module(x)).abs().max() < 1e-4
+    assert torch.equal(flat, torch.nn.utils.parameters_to_vector(module.parameters()))
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [(lambda p: p[:-1], "accepted is one row"), (lambda p: p[None], "accepted is one row")]
+    + [(lambda p: p.long(), "torch.int64"), (lambda p: p.tolist(), "list")],
+)
+def test_to_module_refuses(spoil, said):
+    with pytest.raises(ValueError, match=said):
+        to_module(NETS["images"], spoil(weights(NETS["images"])))
+
+
+def softened(module):
+    module.activation = nn.Softplus(beta=2)
+
+
+def widened(module):
+    module.layers.get_submodule("1").weight = nn.Parameter(torch.rand(9, 6))
+    module.layers.get_submodule("1").out_features = 9
+
+
+def swapped(module):
+    setattr(module.layers, "1", nn.Sequential(nn.Linear(6, 6)))
+
+
+def shifted(module):
+    result = next(node for node in module.graph.nodes if node.op == "output")
+    with module.graph.inserting_before(result):
+        result.args = (module.graph.call_function(torch.add, (result.args[0], 1.0)),)
+    module.recompile()
+
+
+def hooked(module):
+    module.layers.get_submodule("0").register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (softened, "Softplus(beta=2"),
+        (widened, "layers have sizes"),
+        (swapped, "layers.1 is Sequential"),
+        (shifted, "its graph does not compute"),
+        (hooked, "hooks"),
+        (lambda m: m.register_forward_pre_hook(lambda *_: None), "hooks"),
+        (lambda m: setattr(m.spec, "fields", "{}"), "no specification"),
+        (lambda m: delattr(m.spec, "fields"), "no specification"),
+    ],
+)
+def test_a_module_that_was_changed_is_refused(change, said):
+    module = to_module(NETS["hidden_softplus"], weights(NETS["hidden_softplus"]))
+    change(module)
+    with pytest.raises(ValueError) as caught:
+        from_module(module)
+    assert said in str(caught.value)
+
+
+def test_other_graph_modules_are_refused():
+    with pytest.raises(ValueError, match="not made by to_module"):
+        from_module(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))))
+
+
+# ---- from_module
+
+HIDDEN = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "none": nn.Identity,
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("activation", HIDDEN)
+def test_sequential(activation, output):
+    act = HIDDEN[activation]
+    module = nn.Sequential(
+        nn.Linear(2, 5), act(), nn.Linear(5, 5), act(), nn.Linear(5, 3), nn.Identity()
+    ).double()
+    if output != "linear":
+        module.append(HIDDEN[output]())
+    net, params = from_module(module, coords="centers")
+    assert net == MLP(2, 3, 5, 3, activation, output=output, coords="centers")
+    assert torch.equal(params, torch.nn.utils.parameters_to_vector(module.parameters()))
+    x = torch.rand(9, 2, dtype=torch.float64)
+    assert torch.equal(to_module(net, params)(x), module(x))
+    assert (plain(net, params, x) - module(x)).abs().max() <= 1e-13
+    params.zero_()
+    assert module[0].weight.abs().max() > 0  # a copy
+
+
+def test_sequential_nested_shared_and_without_bias():
+    act = nn.ReLU(inplace=True)  # one module in three places
+    block = nn.Sequential(nn.Sequential(nn.Linear(4, 4, bias=False), act), nn.Linear(4, 4), act)
+    module = nn.Sequential(nn.Linear(3, 4), act, block, nn.Linear(4, 2, bias=False))
+    net, params = from_module(module)
+    assert net == MLP(3, 2, 4, 4, "relu")
+    layers = net.layers(params)
+    assert torch.equal(layers[1][0], block[0][0].weight) and not layers[1][1].any()
+    assert torch.equal(layers[2][1], block[1].bias) and not layers[3][1].any()
+    x = torch.rand(7, 3)
+    assert torch.equal(to_module(net, params)(x), module(x))
+
+
+class Sine(nn.Module):
+    def forward(self, x):
+        return torch.sin(30 * x)
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).abs()
+
+
+class OwnSequential(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def line(*sizes, act=nn.ReLU):
+    parts = []
+    for i, o in zip(sizes[:-1], sizes[1:], strict=True):
+        parts += [nn.Linear(i, o), act()]
+    return nn.Sequential(*parts[:-1])
+
+
+@pytest.mark.parametrize(
+    "module, said",
+    [
+        (line(2, 4, 5, 1), "hidden widths are [4, 5]"),
+        (line(2, 4), "1 nn.Linear"),
+        (nn.Sequential(), "0 nn.Linear"),
+        (nn.Linear(2, 3), "module is Linear"),
+        (OwnSequential(nn.Linear(2, 2), nn.Linear(2, 2)), "module is OwnSequential"),
+        (nn.Sequential(line(2, 4, 4), OwnSequential(nn.Linear(4, 4))), "1 is OwnSequential"),
+        (line(2, 4, 4, 1, act=Sine), "1 is Sine()"),
+        (line(2, 4, 4, 1, act=lambda: nn.Dropout(0.1)), "1 is Dropout(p=0.1"),
+        (line(2, 4, 4, 1, act=lambda: nn.Softplus(beta=2)), "Softplus(beta=2"),
+        (line(2, 4, 4, 1, act=lambda: nn.Softplus(threshold=5)), "threshold=5"),
+        (line(2, 4, 4, 1, act=lambda: nn.GELU("tanh")), "GELU(approximate='tanh')"),
+        (line(2, 4, 4, 1, act=nn.LeakyReLU), "LeakyReLU"),
+        (nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), "1 is BatchNorm1d"),
+        (nn.Sequential(OwnLinear(2, 4), nn.ReLU(), nn.Linear(4, 1)), "0 is OwnLinear"),
+        (nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 1)), "0 is LazyLinear"),
+        (nn.Sequential(nn.ReLU(), *line(2, 4, 1)), "0 is ReLU() and follows nothing"),
+        (nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Tanh(), nn.Linear(4, 1)), "2 is Tanh()"),
+        (nn.Sequential(*line(2, 4, 4), nn.Tanh(), nn.Linear(4, 1)), "['relu', 'tanh']"),
+        (nn.Sequential(*line(2, 4, 1), nn.GELU()), "output activation is gelu"),
+        (nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(3, 1)), "with 4 outputs"),
+        (nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1).double()), "float64"),
+        (nn.Sequential(nn.Linear(2, 4), nn.utils.spectral_norm(nn.Linear(4, 1))), "1 has forward"),
+        (
+            nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 4)), nn.Linear(4, 1)),
+            "0 is Parametrized",
+        ),
+    ],
+)
+def test_what_a_specification_cannot_hold_is_refused(module, said):
+    with pytest.raises(ValueError) as caught:
+        from_module(module)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- the authors' files
+
+
+def haiku(net: MLP, params: torch.Tensor, names: str) -> dict:
+    """{"layer": {"w": [in,out], "b": [out]}}, in haiku's naming."""
+    return {
+        names.format("" if i == 0 else f"_{i}"): {"w": w.T.numpy().copy(), "b": b.numpy().copy()}
+        for i, (w, b) in enumerate(net.layers(params))
+    }
+
+
+SIREN, LINEAR = "siren__model/siren_layer{}/linear", "model/linear{}"
+AUTHORS = {
+    "images": (siren(2, 3, 6, 13, w0=200.0, output_shift=0.5), SIREN),
+    "ct": (fourier_mlp(2, 1, 6, 5), LINEAR),
+    "views": (nerf_mlp(6, 12), LINEAR),
+}
+authors = pytest.mark.parametrize("net, names", AUTHORS.values(), ids=AUTHORS)
+
+
+@authors
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol(net, names, protocol, tmp_path):
+    params = weights(net)
+    tree = haiku(net, params, names)
+    tree = dict(sorted(tree.items(), reverse=True))  # linear_9, ..., linear_10, linear_1, linear
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree, protocol=protocol))
+    back, init = load_learnit(tmp_path / "a.pkl")
+    assert back == net and torch.equal(init, params) and init.dtype == torch.float32
+
+
+@authors
+def test_npz(net, names, tmp_path):
+    params = weights(net)
+    arrays = {}
+    for i, (w, b) in enumerate(net.layers(params)):
+        arrays[f"w{i}"], arrays[f"b{i}"] = w.T.numpy(), b.numpy()
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", **arrays)
+        back, init = load_learnit(tmp_path / "a.npz")
+        assert back == net and torch.equal(init, params)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [np.asfortranarray, lambda a: a.astype(">f4"), lambda a: a.astype("f8"), lambda a: a * 1],
+)
+def test_arrays_of_other_layouts(change, tmp_path):
+    net, names = AUTHORS["ct"]
+    params = weights(net)
+    tree = haiku(net, params, names)
+    tree = {name: {k: change(v) for k, v in layer.items()} for name, layer in tree.items()}
+    for protocol in (2, 4, 5):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree, protocol=protocol))
+        back, init = load_learnit(tmp_path / "a.pkl")
+        assert back == net and torch.equal(init.float(), params)
+        double = tree["model/linear"]["w"].dtype == np.float64
+        assert init.dtype == (torch.float64 if double else torch.float32)
+    np.savez(
+        tmp_path / "a.npz",
+        **{f"{k}{i}": v for i, layer in enumerate(tree.values()) for k, v in layer.items()},
+    )
+    assert torch.equal(load_learnit(tmp_path / "a.npz")[1].float(), params)
+
+
+def fake(monkeypatch, module: str, name: str, thing) -> None:
+    """Makes ``thing`` importable, and so picklable, as module.name."""
+    parts = module.split(".")
+    for size in range(1, len(parts) + 1):
+        full = ".".join(parts[:size])
+        monkeypatch.setitem(sys.modules, full, types.ModuleType(full))
+    setattr(sys.modules[module], name, thing)
+    thing.__module__, thing.__qualname__ = module, name
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "module, name",
+    [("haiku._src.data_structures", n) for n in ("FlatMapping", "FlatMap", "frozendict")]
+    + [("collections", "OrderedDict")],
+)
+def test_mappings_of_haiku(module, name, protocol, tmp_path, monkeypatch):
+    class Mapping:
+        def __init__(self, mapping):
+            self.mapping = mapping
+
+        def __reduce__(self):
+            return type(self), (self.mapping,)
+
+    if module == "collections":
+        Mapping = collections.OrderedDict  # noqa: N806
+    else:
+        fake(monkeypatch, module, name, Mapping)
+    net, names = AUTHORS["views"]
+    params = weights(net)
+    tree = Mapping({k: Mapping(v) for k, v in haiku(net, params, names).items()})
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree, protocol=protocol))
+    back, init = load_learnit(tmp_path / "a.pkl")
+    assert back == net and torch.equal(init, params)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        ("jax._src.array", "_reconstruct_array"),
+        ("jax._src.device_array", "reconstruct_device_array"),
+    ],
+)
+def test_arrays_of_jax(module, name, protocol, tmp_path, monkeypatch):
+    """As jax 0.3 to 0.10 reduce an array: (function, numpy's reduction, state, {weak_type})."""
+
+    def rebuild(fun, args, state, aval):
+        raise AssertionError("never called")
+
+    fake(monkeypatch, module, name, rebuild)
+
+    class Array:
+        def __init__(self, value):
+            self.value = value
+
+        def __reduce__(self):
+            fun, args, state = self.value.__reduce__()
+            return rebuild, (fun, args, state, {"weak_type": False})
+
+    net, names = AUTHORS["images"]
+    params = weights(net)
+    tree = haiku(net, params, names)
+    tree = {name: {k: Array(v) for k, v in layer.items()} for name, layer in tree.items()}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree, protocol=protocol))
+    back, init = load_learnit(tmp_path / "a.pkl")
+    assert back == net and torch.equal(init, params)
+
+
+JAX_PICKLE = (  # written by jax 0.10.2, protocol 4, zlib and base85: 2-2-3, values 0, 1/8, 2/8, ...
+    "c-nPP%SyvQ6rChit&}2yA_zWqU8M*vr4_PsAPawBOw*Bxrb(Ghs96Zv*czCH;C1gO_z8Z3TX+76-"
+    "Xs;O)C*^r$9c@X`O5Q$L8`igjy^~N$s@)_@sNkz`Ve{<m)$UkxF?|`857X$Ywy-(iS%txN-qPw#U%IRC{Z%?6{|0wk"
+    "h~M6qj6?4KbG7crJ)Mug4Ut{sk%`yL9a!_A2}uW;1~m#L5CXDq~;XFhHea1Hs+<oygGs6VFnlYZfWBbT-QDS!m1WZ6"
+    "buSyvu=;{2+0v|Jy6(&Zcey&!z!mDQD~ttNUU~5Q?$xl(VnN`cDr!a(V<VsVZTy~y;_s%qyHwxju&PotYyyBnpWPsg"
+    "q)%GB_c;WB3=-$zq7>t5)Z5XT?_j{#XI8j&ks}k8)vMop#"
+)
+
+
+def test_a_pickle_of_a_real_jax(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(zlib.decompress(base64.b85decode(JAX_PICKLE)))
+    net, init = load_learnit(tmp_path / "a.pkl")
+    assert net == siren(2, 3, 2, 2, w0=200.0, output_shift=0.5)
+    w0, b0, w1, b1 = (
+        [0, 2, 1, 3],
+        [4, 5],
+        [6, 9, 7, 10, 8, 11],
+        [12, 13, 14],
+    )  # [in,out] -> [out,in]
+    assert torch.equal(init, torch.tensor([*w0, *b0, *w1, *b1]) / 8)
+
+
+def test_the_authors_own_weights(data_path, tmp_path):
+    folder = data_path("learnit_celeba_maml")
+    net, init = load_learnit(folder / "maml_ilr_0.01_olr_1e-05_bs_3_150000.pkl")
+    assert net == siren(2, 3, w0=200.0, output_shift=0.5) and net.num_params == 198915
+    other, same = load_learnit(folder / "siren_maml_celeba_150000.npz")
+    assert other == net and init.shape == (198915,) and torch.equal(init, same)
+    with np.load(folder / "siren_maml_celeba_150000.npz") as arrays:
+        x = np.random.default_rng(0).random((50, 2))
+        h = x
+        for i in range(4):
+            h = np.sin(200 * (h @ arrays[f"w{i}"].astype("f8") + arrays[f"b{i}"]))
+        y = h @ arrays["w4"].astype("f8") + arrays["b4"] + 0.5
+    module = to_module(net, init.double())
+    assert np.abs(module(torch.from_numpy(x)).detach().numpy() - y).max() <= 1e-11
+    assert 0.2 < y.mean() < 0.8  # the mean face
+
+
+# ---- files that are none of these
+
+
+def refused(path, *said, error=ValueError):
+    with pytest.raises(error) as caught:
+        load_learnit(path)
+    text = str(caught.value)
+    assert f"load_learnit: {path}" in text and "\n" not in text and len(text) < 600
+    assert all(part in text for part in said), text
+    assert type(caught.value) is error
+
+
+def wrong_shape(tree):
+    tree["model/linear_1"]["w"] = np.zeros((5, 6), "f4")
+
+
+def one_number(tree):
+    tree["model/linear_2"]["b"] = np.zeros((), "f4")
+
+
+def other_width(tree):
+    tree["model/linear_1"] = {"w": np.zeros((6, 7), "f4"), "b": np.zeros(7, "f4")}
+    tree["model/linear_2"]["w"] = np.zeros((7, 6), "f4")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: t.pop("model/linear_3"), "numbered [0, 1, 2, 4]"),
+        (lambda t: t.update({"model/linear_01": t["model/linear_2"]}), "numbered"),
+        (lambda t: t.update({"other/linear": t["model/linear"]}), "'other/linear'"),
+        (lambda t: t.update({"siren__model/linear": t["model/linear"]}), "layer name"),
+        (lambda t: t["model/linear_2"].pop("b"), "'model/linear_2' holds ['w']"),
+        (lambda t: t["model/linear_2"].update(c=1), "holds ['b', 'c', 'w']"),
+        (lambda t: t["model/linear_2"].update(w=1.0), "w or b is no array"),
+        (lambda t: t.update({"model/linear_2": [1]}), "holds list"),
+        (lambda t: t.clear(), "accepted is a mapping"),
+        (wrong_shape, "layer 1: takes 5 inputs, 6 come"),
+        (one_number, "layer 2: w has shape (6, 6) and b ()"),
+        (other_width, "hidden widths are [6, 7, 6, 6]"),
+        (lambda t: t["model/linear"]["b"].fill(np.nan), "NaN or infinity"),
+        (lambda t: t["model/linear"].update(b=np.zeros(6, "i4")), "dtype 'i4'"),
+        (lambda t: t["model/linear"].update(b=np.zeros(6, "f8")), "all float32 or all float64"),
+        (lambda t: t["model/linear"].update(b=np.zeros(6, "f2")), "dtype 'f2'"),
+        (lambda t: t["model/linear"].update(b=np.array([print], "O")), "dtype 'O8'"),
+        (lambda t: t["model/linear"].update(b=np.zeros(6, [("a", "f4")])), "dtype 'V4'"),
+        (lambda t: t["model/linear"].update(w=np.zeros((100, 6), "f4")), "100 -> 1"),
+    ],
+)
+def test_unrecognised_networks(change, said, tmp_path):
+    net, names = AUTHORS["ct"]
+    tree = haiku(net, weights(net), names)
+    change(tree)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree, protocol=3))
+    refused(tmp_path / "a.pkl", said)
+
+
+def test_names_and_ends_belong_together(tmp_path):
+    for name, names in (("images", LINEAR), ("ct", SIREN), ("views", SIREN)):
+        net = AUTHORS[name][0]
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(haiku(net, weights(net), names)))
+        refused(tmp_path / "a.pkl", "is none of the paper's")
+
+
+@pytest.mark.parametrize(
+    "arrays, said",
+    [
+        ({"w0": np.zeros((2, 3), "f4")}, "accepted are w0, b0"),
+        ({"w0": np.zeros((2, 3), "f4"), "b1": np.zeros(3, "f4")}, "accepted are w0, b0"),
+        ({"w0": np.zeros((2, 3), "f4"), "b0": np.zeros(3, "f4")}, "1 layers"),
+        ({"images": np.zeros(3, "u1")}, "'images'"),
+        ({}, "0 layers"),
+        ({"w0": np.array([print], "O"), "b0": np.zeros(3, "f4")}, "allow_pickle=False"),
+    ],
+)
+def test_other_npz(arrays, said, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    refused(tmp_path / "a.npz", said)
+
+
+def test_damaged_npz(tmp_path):
+    net = AUTHORS["images"][0]
+    path = tmp_path / "a.npz"
+    arrays = {}
+    for i, (w, b) in enumerate(net.layers(weights(net))):
+        arrays[f"w{i}"], arrays[f"b{i}"] = w.T.numpy(), b.numpy()
+    np.savez_compressed(path, **arrays)
+    data = path.read_bytes()
+    for tenth in range(1, 10):
+        path.write_bytes(data[: len(data) * tenth // 10])
+        refused(path, "damaged .npz")
+    for at in range(60, len(data) - 30, 97):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+        try:
+            assert load_learnit(path)[0] == net
+        except ValueError as error:
+            assert str(path) in str(error)
+    header = b"\x93NUMPY\x01\x00v\x00"
+    for shape in ("(1000000000000000,)", "(-1,)", "(2,)", "x"):
+        text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("w0.npy", header + text.encode() + bytes(8))
+            archive.writestr("b0.npy", "not an array")
+        refused(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # 300 MB of zeros in 0.3 MB
+        archive.writestr("w0.npy", bytes(300 * 2**20))
+        archive.writestr("b0.npy", b"")
+    refused(path, "unpacks to")
+
+
+def test_places(tmp_path):
+    refused(tmp_path / "none", "no such file", error=FileNotFoundError)
+    refused(tmp_path, "a folder")
+    (tmp_path / "a").write_bytes(b"")
+    refused(tmp_path / "a")
+    with open(tmp_path / "a", "wb") as file:
+        file.truncate(300 * 2**20)  # sparse
+    refused(tmp_path / "a", "larger than")
+
+
+# ---- pickles that mean harm
+
+
+class Reduced:
+    """Pickles as a call of function(*args)."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduction = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.reduction
+
+
+def owned(tmp_path) -> str:
+    return f"touch {tmp_path / 'owned'}"
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("depth", ["top", "layer", "leaf", "argument", "state"])
+@pytest.mark.parametrize("what", ["os.system", "builtins.eval", "subprocess.Popen", "getattr"])
+def test_calls_are_refused_by_name_and_not_made(what, depth, protocol, tmp_path):
+    command = owned(tmp_path)
+    bomb, name = {
+        "os.system": (Reduced(os.system, command), f"'{os.system.__module__}.system'"),
+        "builtins.eval": (Reduced(eval, f"__import__('os').system({command!r})"), "eval'"),
+        "subprocess.Popen": (Reduced(subprocess.Popen, command, -1), ".Popen'"),
+        "getattr": (Reduced(getattr, "", "upper"), "getattr'"),
+    }[what]
+    net, names = AUTHORS["images"]
+    tree = haiku(net, weights(net), names)
+    first = next(iter(tree))
+    if depth == "top":
+        tree = bomb
+    elif depth == "layer":
+        tree[first] = bomb
+    elif depth == "leaf":
+        tree[first]["w"] = bomb
+    elif depth == "argument":
+        tree[first]["w"] = Reduced(np.dtype, bomb)
+    else:
+        tree[first]["w"] = Reduced(collections.OrderedDict, state=bomb)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree, protocol=protocol))
+    refused(tmp_path / "a.pkl", name, "refused")
+    assert not (tmp_path / "owned").exists()
+
+
+def short(text: str) -> bytes:
+    """SHORT_BINUNICODE."""
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
+NDARRAY = b"cnumpy\nndarray\n"
+RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n"
+
+
+LATIN1 = b"c_codecs\nencode\n(h\x00" + short("latin1") + b"tR"
+STATE = RECONSTRUCT + b"(" + NDARRAY + b"K\x00\x85C\x01btR(K\x01"  # then shape, dtype, order, bytes
+F4 = b"cnumpy\ndtype\n" + short("f4") + b"\x85R\x89"
+DOUBLED = b"q\x00h\x00\x86" * 200  # a pair of (a pair of (...)), 2**200 leaves to hash or to print
+
+HARM = {
+    # a global by way of the stack, of the memo, of a name in parts
+    "stack": (short("os") + short("system") + b"\x93" + short("id") + b"\x85R.", "'os.system'"),
+    "memo": (short("os") + b"\x94h\x00" + short("popen") + b"\x93.", "'os.popen'"),
+    "dotted": (short("numpy") + short("ndarray.tofile") + b"\x93.", "'numpy.ndarray.tofile'"),
+    "split": (b"cnumpy.core\nmultiarray.fromstring\n.", "'numpy.core.multiarray.fromstring'"),
+    "no text": (b"K\x01K\x02\x93.", "without a name"),
+    "import": (b"cthis\ns\n.", "'this.s'"),
+    # what a known global may not be used for
+    "class": (
+        RECONSTRUCT + b"(ccollections\nOrderedDict\nK\x00\x85C\x01btR.",
+        "class 'collections.OrderedDict'",
+    ),
+    "memmap": (RECONSTRUCT + b"(cnumpy\nmemmap\nK\x00\x85C\x01btR.", "'numpy.memmap'"),
+    "class is a number": (RECONSTRUCT + b"(K\x07K\x00\x85C\x01btR.", "class 'int'"),
+    "call ndarray": (NDARRAY + b"(K\x09tR.", "a call of 'numpy.ndarray'"),
+    "state of a global": (NDARRAY + b"}" + short("a") + NDARRAY + b"sb.", "a state for 'Name'"),
+    "state of a class": (b"ccollections\nOrderedDict\n(N}tb.", "a state for 'Name'"),
+    "state twice": (STATE + b")" + F4 + b"C\x04abcdtb(NNNNNtb.", "a state for 'Array'"),
+    "name as text": (short("os.system") + short("id") + b"\x85R.", "not a known global"),
+    "encode": (
+        b"c_codecs\nencode\n(" + short("a") + short("zlib") + b"tR.",
+        "'_codecs.encode'",
+    ),
+    "no tuple": (b"cnumpy\ndtype\n]R.", "not a known global"),
+    "system in jax": (
+        b"cjax._src.array\n_reconstruct_array\n(cos\nsystem\n" + short("id") + b"\x85N}tR.",
+        "'os.system'",
+    ),
+    "jax in jax": (b"cjax._src.array\n_reconstruct_array\nq\x00(h\x00)N}tR.", "do not give it"),
+    # other ways to run or to name something
+    "instance": (b"(" + short("id") + b"ios\nsystem\n.", "opcode INST"),
+    "object": (b"(cos\nsystem\n" + short("id") + b"o.", "'os.system'"),
+    "new object": (NDARRAY + b")\x81.", "opcode NEWOBJ"),
+    "extension": (b"\x82\x01.", "opcode EXT1"),
+    "persistent": (b"P1\n.", "opcode PERSID"),
+    "persistent binary": (b"K\x01Q.", "opcode BINPERSID"),
+    "out of band": (b"\x97.", "opcode NEXT_BUFFER"),
+    # memory and time
+    "bytes": (b"\x8e" + (2**62).to_bytes(8, "little") + b"x.", "bytes"),
+    "bytearray": (b"\x96" + (2**40).to_bytes(8, "little") + b"x.", "bytes"),
+    "memo index": (b"Nr\xff\xff\xff\x7f.", "holds NoneType"),
+    "array size": (
+        STATE + b"\x8a\x06" + (2**40).to_bytes(6, "little") + b"\x85" + F4 + b"C\x00tb.",
+        "without a shape",
+    ),
+    "array bytes": (STATE + b"K\x09\x85" + F4 + b"C\x04abcdtb.", "(9,) of float32 with 4 bytes"),
+    "array list": (STATE + b"K\x01\x85" + F4 + b"]tb.", "an array of list"),
+    "many": (b"]" + b"N" * 100_000 + b".", "more than 100000 opcodes"),
+    "doubled key": (b"}N" + DOUBLED + b"Ns.", "keys are not names"),
+    "doubled class": (RECONSTRUCT + b"(N" + DOUBLED + b"NNtR.", "class 'tuple'"),
+    "doubled layer": (b"}" + short("model/linear") + b"N" + DOUBLED + b"s.", "holds tuple"),
+    "doubled text": (
+        b"X\x80\x1a\x06\x00" + b"x" * 400_000 + b"q\x00" + LATIN1 * 9 + b".",
+        "repeat",
+    ),
+    "within itself": (b"}q\x00" + short("model/linear") + b"h\x00s.", "holds ['model/linear']"),
+    # nonsense
+    "empty": (b"", ""),
+    "no end": (b"N", ""),
+    "only an end": (b".", "damaged pickle"),
+    "no mark": (b"t.", "damaged pickle"),
+    "no memo": (b"h\x07.", "damaged pickle"),
+    "no utf-8": (b"X\x01\x00\x00\x00\xff.", ""),
+    "long number": (b"I" + b"9" * 5000 + b"\n.", ""),
+    "list": (b"](K\x01K\x02e.", "holds list"),
+    "append to a mapping": (b"}K\x01a.", "a list that is none"),
+    "set in a list": (b"]" + short("a") + b"Ns.", "a mapping"),
+    "text": (b"hello world", ""),
+}
+
+
+@pytest.mark.parametrize("data, said", HARM.values(), ids=HARM)
+def test_opcodes_that_mean_harm(data, said, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(data)
+    refused(tmp_path / "a.pkl", said)
+    assert "this" not in sys.modules
+
+
+SMALL = pickle.dumps(haiku(siren(2, 3, 2, 2), torch.arange(15.0), SIREN), protocol=4)
+
+
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(edits=st.lists(st.tuples(st.integers(0, 999), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_damaged_pickle_is_an_error_or_other_numbers(edits, tmp_path):
+    data = bytearray(SMALL)
+    for at, byte in edits:
+        data[at % len(data)] = byte
+    (tmp_path / "a.pkl").write_bytes(data)
+    try:
+        net, init = load_learnit(tmp_path / "a.pkl")
+    except ValueError as error:
+        assert str(tmp_path) in str(error)
+    else:
+        assert net == siren(2, 3, 2, 2, w0=200.0, output_shift=0.5) and init.shape == (15,)
+
+
+def test_a_pickle_cut_short(tmp_path):
+    for size in range(len(SMALL)):
+        (tmp_path / "a.pkl").write_bytes(SMALL[:size])
+        refused(tmp_path / "a.pkl")
