@@ -44,7 +44,11 @@ class Learned:
 def builtin() -> list[str]:
     """Names of the starts that come with the package."""
     folder = resources.files("fastmeta") / "starts"
-    return sorted(p.name.removesuffix(".safetensors") for p in folder.iterdir() if p.name.endswith(".safetensors"))
+    return sorted(
+        p.name.removesuffix(".safetensors")
+        for p in folder.iterdir()
+        if p.name.endswith(".safetensors")
+    )
 
 
 def open_start(run: str, *, lr: float | None = None, rule: str | None = None) -> Learned:
@@ -57,7 +61,9 @@ def open_start(run: str, *, lr: float | None = None, rule: str | None = None) ->
     path = Path(run)
     if path.suffix in (".pkl", ".npz") and path.exists():
         net, init = load_learnit(path)
-        return Learned(path.stem, net, Start(init, 1e-2 if lr is None else lr, rule or "sgd"), 2, 178, None)
+        return Learned(
+            path.stem, net, Start(init, 1e-2 if lr is None else lr, rule or "sgd"), 2, 178, None
+        )
     if not path.exists() and run in builtin():
         path = Path(str(resources.files("fastmeta") / "starts" / f"{run}.safetensors"))
     config = None
@@ -73,7 +79,9 @@ def open_start(run: str, *, lr: float | None = None, rule: str | None = None) ->
     stored = meta.get("config") if isinstance(meta.get("config"), dict) else {}
     rate = extra.get("inner_lr", stored.get("inner_lr", 1e-2)) if lr is None else lr
     start = Start(init, rate, rule or stored.get("rule", "sgd"))
-    return Learned(Path(run).stem, net, start, int(stored.get("inner_steps", 2)), stored.get("size"), config)
+    return Learned(
+        Path(run).stem, net, start, int(stored.get("inner_steps", 2)), stored.get("size"), config
+    )
 
 
 @dataclass(frozen=True)
@@ -119,26 +127,49 @@ def fit(options: Fit) -> Path:
     if steps < 0:
         raise ValueError(f"fit: steps is {steps}; accepted is an integer >= 0")
     _make_folder(options.out)
-    init, rate = start.init.to(where), start.lr.to(where) if isinstance(start.lr, Tensor) else start.lr
+    init, rate = (
+        start.init.to(where),
+        start.lr.to(where) if isinstance(start.lr, Tensor) else start.lr,
+    )
     names, weights, rows = [], [], []
     for found, pixels in _chunks(options, learned):
         T, H, W, _ = pixels.shape
-        seen = None if options.mask is None else pictures.mask(options.mask, H, W, T, options.seed + len(names))
+        seen = (
+            None
+            if options.mask is None
+            else pictures.mask(options.mask, H, W, T, options.seed + len(names))
+        )
         batch = pictures.image_batch(pixels.to(where), net, seen=seen)
         result = adapt(
-            net, init, batch, steps, rate, rule=start.rule, impl=options.impl, precision=options.precision
+            net,
+            init,
+            batch,
+            steps,
+            rate,
+            rule=start.rule,
+            impl=options.impl,
+            precision=options.precision,
         )
         x = pictures.grid(H, W, net.coords).to(where)
         out = mlp(net, result.params, x, impl=options.impl, precision=options.precision)
         shown = pictures.to_pixels(out, (H, W)).cpu()  # [T,H,W,C]
         for t, name in enumerate(found):
-            rows.append({"name": name, **_scores(result.losses[:, t], shown[t], pixels[t], None if seen is None else seen[t])})
+            rows.append(
+                {
+                    "name": name,
+                    **_scores(
+                        result.losses[:, t], shown[t], pixels[t], None if seen is None else seen[t]
+                    ),
+                }
+            )
             pictures.save_png(_picture_path(options.out, name), shown[t])
         names += found
         weights.append(result.params.cpu())
     spec, tensors = spec_to_json(net)
     tensors["params"] = torch.cat(weights)
-    save_tensors(options.out / "fits.safetensors", tensors, {"kind": "fits", "net": spec, "names": names})
+    save_tensors(
+        options.out / "fits.safetensors", tensors, {"kind": "fits", "net": spec, "names": names}
+    )
     _write_csv(options.out / "scores.csv", rows)
     return options.out
 
@@ -148,7 +179,9 @@ def _chunks(options: Fit, learned: Learned) -> Iterator[tuple[list[str], Tensor]
     channels = learned.net.out_features
     size = learned.size if options.size is None else options.size
     if size == "native" or size is None:
-        whole = pictures.open_images(options.data, channels=channels)  # lists the names, at any size
+        whole = pictures.open_images(
+            options.data, channels=channels
+        )  # lists the names, at any size
         root = Path(options.data)
         for name in whole.names:
             source = root / name if root.is_dir() else root
@@ -169,7 +202,9 @@ def _scores(losses: Tensor, shown: Tensor, truth: Tensor, seen: Tensor | None) -
     """PSNR on what was seen, before each step and after the last, and on the rest where there is a mask."""
     error = (shown - truth) ** 2
     last = error.mean() if seen is None else error[seen].mean()
-    values = {f"psnr_{k}": _decibels(float(v)) for k, v in enumerate([*losses.tolist(), float(last)])}
+    values = {
+        f"psnr_{k}": _decibels(float(v)) for k, v in enumerate([*losses.tolist(), float(last)])
+    }
     if seen is not None:
         values["psnr_unseen"] = _decibels(float(error[~seen].mean()))
     return values
@@ -201,7 +236,12 @@ class Eval:
     """training images (with --data: the last ones) on which each other start gets its best rule and rate"""
     mean_steps: int = 50
     """steps for each image behind the mean start"""
-    starts: tuple[Literal["standard", "mean", "matched", "shuffled"], ...] = ("standard", "mean", "matched", "shuffled")
+    starts: tuple[Literal["standard", "mean", "matched", "shuffled"], ...] = (
+        "standard",
+        "mean",
+        "matched",
+        "shuffled",
+    )
     pictures: int = 4
     seed: int = 0
     device: str = "auto"
@@ -227,25 +267,39 @@ def evaluate_run(options: Eval) -> Path:
     training, held_out = _evaluation_data(options, learned)
     out = options.out
     if out is None:
-        out = Path(options.run) / "eval" if Path(options.run).is_dir() else Path(f"eval-{learned.name}")
+        out = (
+            Path(options.run) / "eval"
+            if Path(options.run).is_dir()
+            else Path(f"eval-{learned.name}")
+        )
     _make_folder(out)
     net = learned.net
     how = {"impl": options.impl, "precision": options.precision}
     rate = learned.start.lr
-    start = Start(learned.start.init.to(where), rate.to(where) if isinstance(rate, Tensor) else rate, learned.start.rule)
+    start = Start(
+        learned.start.init.to(where),
+        rate.to(where) if isinstance(rate, Tensor) else rate,
+        learned.start.rule,
+    )
     tasks = first(training, options.tune_images, net, where)
     named = {"learned": start}
     for name in options.starts:
         init = {
             "standard": lambda: baselines.standard(net, seed=options.seed + 1),
-            "mean": lambda: baselines.mean(net, tasks, options.mean_steps, 1e-4, seed=options.seed + 1, **how),
+            "mean": lambda: baselines.mean(
+                net, tasks, options.mean_steps, 1e-4, seed=options.seed + 1, **how
+            ),
             "matched": lambda: baselines.matched(net, start.init, seed=options.seed),
             "shuffled": lambda: baselines.shuffled(net, start.init, seed=options.seed),
         }[name]()
-        named[name], _ = tune(net, init.to(tasks.y), tasks, max(1, min(learned.inner_steps, options.steps)), **how)
+        named[name], _ = tune(
+            net, init.to(tasks.y), tasks, max(1, min(learned.inner_steps, options.steps)), **how
+        )
     batch = first(held_out, options.count, net, where)
     scores = {
-        name: evaluate(net, s, batch, held_out.size, options.steps, pictures=options.pictures, **how)
+        name: evaluate(
+            net, s, batch, held_out.size, options.steps, pictures=options.pictures, **how
+        )
         for name, s in named.items()
     }
     _write_evaluation(out, named, scores, batch, held_out.size, options)
@@ -256,10 +310,14 @@ def _evaluation_data(options: Eval, learned: Learned) -> tuple[ImageSet, ImageSe
     """(images to tune on, images to score): the run's training and test split, or two ends of --data."""
     if options.data is None:
         if learned.config is None:
-            raise ValueError(f"eval: {options.run} is not the folder of a run, so it has no test split; give --data")
+            raise ValueError(
+                f"eval: {options.run} is not the folder of a run, so it has no test split; give --data"
+            )
         training, _, test = open_data(learned.config)
         if len(test) == 0:
-            raise ValueError(f"eval: {learned.config.data} left no test images; give --data, or train with --test > 0")
+            raise ValueError(
+                f"eval: {learned.config.data} left no test images; give --data, or train with --test > 0"
+            )
         return training, test
     size = learned.size or 64
     if options.data == "text":
@@ -275,7 +333,12 @@ def _evaluation_data(options: Eval, learned: Learned) -> tuple[ImageSet, ImageSe
 
 
 def _write_evaluation(
-    out: Path, named: dict[str, Start], scores: dict[str, Scores], batch: object, size: tuple[int, int], options: Eval
+    out: Path,
+    named: dict[str, Start],
+    scores: dict[str, Scores],
+    batch: object,
+    size: tuple[int, int],
+    options: Eval,
 ) -> None:
     steps = list(range(options.steps + 1))
     table = [table_row(name, named[name], scores[name]) for name in named]
@@ -302,7 +365,9 @@ def table_row(name: str, start: Start, scores: Scores) -> dict[str, str | float]
     for k in range(scores.psnr.shape[1]):
         values = scores.psnr[:, k].double()
         row[f"psnr_{k}"] = round(float(values.mean()), 3)
-        row[f"stderr_{k}"] = round(float(values.std() / math.sqrt(len(values))), 3) if len(values) > 1 else 0.0
+        row[f"stderr_{k}"] = (
+            round(float(values.std() / math.sqrt(len(values))), 3) if len(values) > 1 else 0.0
+        )
         row[f"ssim_{k}"] = round(float(scores.ssim[:, k].mean()), 4)
     return row
 
@@ -312,7 +377,11 @@ def _markdown(table: list[dict], steps: list[int]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in table:
         cells = [f"{row[f'psnr_{k}']:.2f} ± {row[f'stderr_{k}']:.2f}" for k in steps]
-        lines.append(f"| {row['start']} | {row['fitted_with']} | " + " | ".join(cells) + f" | {row[f'ssim_{steps[-1]}']:.3f} |")
+        lines.append(
+            f"| {row['start']} | {row['fitted_with']} | "
+            + " | ".join(cells)
+            + f" | {row[f'ssim_{steps[-1]}']:.3f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -329,5 +398,3 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{path}: the output folder cannot be made ({error.strerror})") from None
-
-

@@ -1,7 +1,7 @@
 """What ops consume, as plain data: a batch of T tasks, rays, and how a network is measured.
 
-A task is ``loss(measure(mlp(params, encode(x))), y)``: images measure nothing more, CT projects (``Project``),
-view synthesis composites along rays (``March``).
+A task is ``loss(measure(mlp(params, encode(x))), y)``: images measure nothing more, CT projects
+(``Project``), view synthesis composites along rays (``March``).
 """
 
 from __future__ import annotations
@@ -39,24 +39,34 @@ class Rays:
             _floating("Rays", name, value)
         if o.dim() != 3 or o.shape[-1] != 3 or o.shape != d.shape or o.shape[1] == 0:
             raise ValueError(
-                f"Rays: origins {tuple(o.shape)}, directions {tuple(d.shape)}; accepted are two [T,R,3] with R >= 1"
+                f"Rays: origins {tuple(o.shape)}, directions {tuple(d.shape)}; accepted are "
+                "two [T,R,3] with R >= 1"
             )
         if o.dtype != d.dtype or o.device != d.device:
-            raise ValueError(f"Rays: origins are {o.dtype} on {o.device}, directions {d.dtype} on {d.device}")
+            raise ValueError(
+                f"Rays: origins are {o.dtype} on {o.device}, directions {d.dtype} on {d.device}"
+            )
         for name in ("near", "far"):
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != o.shape[:1]:
-                raise ValueError(f"Rays: {name} has shape {tuple(value.shape)}; accepted are a number or [{o.shape[0]}]")
+                raise ValueError(
+                    f"Rays: {name} has shape {tuple(value.shape)}; accepted are a number or "
+                    f"[{o.shape[0]}]"
+                )
         near, far = self.bounds
         if not bool((near < far).all()) or not bool(torch.isfinite(near + far).all()):
-            raise ValueError(f"Rays: near is {self.near}, far is {self.far}; accepted are finite numbers, near < far")
+            raise ValueError(
+                f"Rays: near is {self.near}, far is {self.far}; accepted are finite numbers, "
+                "near < far"
+            )
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """near [T] and far [T], in the rays' dtype."""
-        T = self.origins.shape[0]
-        like = {"dtype": self.origins.dtype, "device": self.origins.device}
-        near, far = (torch.as_tensor(v).to(**like).expand(T) for v in (self.near, self.far))
+        o = self.origins
+        near, far = (
+            torch.as_tensor(v).to(o.device, o.dtype).expand(len(o)) for v in (self.near, self.far)
+        )
         return near, far
 
     def to(self, *args: Any, **kwargs: Any) -> Rays:
@@ -65,7 +75,9 @@ class Rays:
 
     def take(self, tasks: slice) -> Rays:
         """The rays of some tasks."""
-        near, far = (v[tasks] if isinstance(v, Tensor) and v.dim() else v for v in (self.near, self.far))
+        near, far = (
+            v[tasks] if isinstance(v, Tensor) and v.dim() else v for v in (self.near, self.far)
+        )
         return Rays(self.origins[tasks], self.directions[tasks], near, far)
 
 
@@ -73,8 +85,9 @@ class Rays:
 class March:
     """How a ray is sampled and composited.
 
-    ``t = linspace(near, far, S)``, end point included, plus U[0, (far−near)/S) where a seed asks for jitter;
-    ``α_i = 1 − exp(−ρ(σ_i) δ_i)``, ``T_i = Π_{j<i} min(1, 1 − α_j + 1e-10)``, ``w_i = T_i α_i``.
+    ``t = linspace(near, far, S)``, end point included, plus U[0, (far−near)/S) where a seed asks
+    for jitter; ``α_i = 1 − exp(−ρ(σ_i) δ_i)``, ``T_i = Π_{j<i} min(1, 1 − α_j + 1e-10)``, ``w_i =
+    T_i α_i``.
 
     Args:
         samples: S per ray, at least 2.
@@ -94,9 +107,13 @@ class March:
         if not isinstance(self.samples, int) or self.samples < 2:
             raise ValueError(f"March: samples is {self.samples!r}; accepted is an integer >= 2")
         if not (self.last_interval > 0 and math.isfinite(self.last_interval)):
-            raise ValueError(f"March: last_interval is {self.last_interval}; accepted is a finite number above 0")
+            raise ValueError(
+                f"March: last_interval is {self.last_interval}; accepted is a finite number above 0"
+            )
         if self.density not in DENSITIES:
-            raise ValueError(f"March: density is {self.density!r}; accepted are {', '.join(DENSITIES)}")
+            raise ValueError(
+                f"March: density is {self.density!r}; accepted are {', '.join(DENSITIES)}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +131,10 @@ class Project:
     def __post_init__(self) -> None:
         _floating("Project", "angles", self.angles)
         if self.angles.dim() != 2 or 0 in self.angles.shape:
-            raise ValueError(f"Project: angles has shape {tuple(self.angles.shape)}; accepted is [T,A] with A >= 1")
+            raise ValueError(
+                f"Project: angles has shape {tuple(self.angles.shape)}; accepted is [T,A] "
+                "with A >= 1"
+            )
         if not bool(torch.isfinite(self.angles).all()):
             raise ValueError("Project: angles holds NaN or infinity; accepted are finite radians")
 
@@ -123,18 +143,20 @@ class Project:
         return {}
 
     def pixels(self, size: int) -> Tensor:
-        """[T,A,W,W] int32: ``nearest_pixels`` of the angles for an image of size W, computed once."""
+        """[T,A,W,W] int32: ``nearest_pixels`` of the angles for an image of size W, computed
+        once."""
         if size not in self._pixels:
             self._pixels[size] = nearest_pixels(self.angles, size)
         return self._pixels[size]
 
 
 def nearest_pixels(angles: Tensor, size: int) -> Tensor:
-    """Which pixel each sample of each line falls on: k [T,A,r,c] int32 into the flat image, -1 outside.
+    """Which pixel each sample of each line falls on: k [T,A,r,c] int32 into the flat image, -1
+    outside.
 
-    ``y, x = arange(N)/N − 0.5`` ('ij'), ``x' = x cos θ − y sin θ``, ``y' = x sin θ + y cos θ``; index ``(· + 0.5) N``
-    rounded to nearest, half away from zero. In float64 on the CPU, on one path: rounding ties flip under fused
-    arithmetic, so every worker takes these.
+    ``y, x = arange(N)/N − 0.5`` ('ij'), ``x' = x cos θ − y sin θ``, ``y' = x sin θ + y cos θ``;
+    index ``(· + 0.5) N`` rounded to nearest, half away from zero. In float64 on the CPU, on one
+    path: rounding ties flip under fused arithmetic, so every worker takes these.
 
     Source: Tancik et al. 2021, CT notebook.
     """
@@ -156,14 +178,18 @@ class Batch:
 
     Args:
         x: coordinates [T,N,D], or [N,D] shared by the tasks, or ``Rays``.
-        y: what was seen. No measure: [T,N,C]; ``Project``: [T,A,W] of a W × W grid x; ``March``: [T,R,3].
+        y: what was seen. No measure: [T,N,C]; ``Project``: [T,A,W] of a W × W grid x; ``March``:
+            [T,R,3].
         measure: None, ``Project(angles)`` or ``March(...)``.
         loss: "mse", "l1" or ("l1", clamp): per task the mean over valid points and channels;
             clamped: ``|clip(y, ±clamp) − clip(target, ±clamp)|``. Derivative 0 at the kinks.
-        per_step: so many points or rays are drawn anew, with replacement, at each inner step; None: all of them.
-        seed: [T] int64, the key of every draw. Needed by per_step; with ``March`` it also asks for jitter.
+        per_step: so many points or rays are drawn anew, with replacement, at each inner step; None:
+            all of them.
+        seed: [T] int64, the key of every draw. Needed by per_step; with ``March`` it also asks for
+            jitter.
         query: another ``Batch`` with the same T for the outer loss; None: the same data.
-        counts: [T] integers, how many of the N points (R rays) of each task are real; the rest is never read.
+        counts: [T] integers, how many of the N points (R rays) of each task are real; the rest is
+            never read.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, an empty set.
@@ -186,29 +212,39 @@ class Batch:
         self._check_draws()
         kind, clamp = self.loss_parts
         if kind not in LOSSES or (clamp is not None and (kind != "l1" or not clamp > 0)):
-            raise ValueError(f"Batch: loss is {self.loss!r}; accepted are 'mse', 'l1' and ('l1', clamp above 0)")
+            raise ValueError(
+                f"Batch: loss is {self.loss!r}; accepted are 'mse', 'l1' and ('l1', clamp above 0)"
+            )
         if self.query is not None:
             if not isinstance(self.query, Batch) or self.query.query is not None:
                 raise TypeError("Batch: query must be a Batch that has no query of its own")
             if self.query.tasks != self.tasks:
-                raise ValueError(f"Batch: query has {self.query.tasks} tasks, the batch {self.tasks}")
+                raise ValueError(
+                    f"Batch: query has {self.query.tasks} tasks, the batch {self.tasks}"
+                )
 
     def _check_points(self) -> None:
         x = self.x
         if isinstance(x, Tensor):
             _floating("Batch", "x", x)
             if x.dim() not in (2, 3) or 0 in x.shape:
-                raise ValueError(f"Batch: x has shape {tuple(x.shape)}; accepted are [T,N,D] and [N,D], none empty")
+                raise ValueError(
+                    f"Batch: x has shape {tuple(x.shape)}; accepted are [T,N,D] and [N,D], "
+                    "none empty"
+                )
         elif not isinstance(x, Rays):
             raise TypeError(f"Batch: x is a {type(x).__name__}; accepted are a Tensor and Rays")
         where = x.origins if isinstance(x, Rays) else x
         if where.dtype != self.y.dtype or where.device != self.y.device:
             raise ValueError(
-                f"Batch: x is {where.dtype} on {where.device}, y is {self.y.dtype} on {self.y.device}; "
+                f"Batch: x is {where.dtype} on {where.device}, y is {self.y.dtype} on "
+                f"{self.y.device}; "
                 "both must agree"
             )
         if self.y.dim() != 3 or 0 in self.y.shape:
-            raise ValueError(f"Batch: y has shape {tuple(self.y.shape)}; accepted is [T,N,C], none empty")
+            raise ValueError(
+                f"Batch: y has shape {tuple(self.y.shape)}; accepted is [T,N,C], none empty"
+            )
         if where.dim() == 3 and where.shape[0] != self.y.shape[0]:
             raise ValueError(f"Batch: x has {where.shape[0]} tasks, y has {self.y.shape[0]}")
 
@@ -219,35 +255,53 @@ class Batch:
         if self.measure is None and rows != self.points:
             raise ValueError(f"Batch: x has {self.points} points, y has {rows}")
         if isinstance(self.measure, March) and (rows, columns) != (self.points, 3):
-            raise ValueError(f"Batch: y has shape {tuple(self.y.shape)}; March needs [T,{self.points},3]")
+            raise ValueError(
+                f"Batch: y has shape {tuple(self.y.shape)}; March needs [T,{self.points},3]"
+            )
         if isinstance(self.measure, Project):
             angles = self.measure.angles
-            if self.points != columns * columns or rows != angles.shape[1] or T != angles.shape[0]:
+            if self.points != columns * columns or rows != angles.shape[1] or angles.shape[0] != T:
                 raise ValueError(
-                    f"Batch: x has {self.points} points, angles {tuple(angles.shape)}, y {tuple(self.y.shape)}; "
+                    f"Batch: x has {self.points} points, angles {tuple(angles.shape)}, y "
+                    f"{tuple(self.y.shape)}; "
                     "Project needs W·W points, angles [T,A] and y [T,A,W]"
                 )
             if self.per_step is not None or self.counts is not None:
-                raise ValueError("Batch: per_step and counts do not go with Project, which needs every pixel")
+                raise ValueError(
+                    "Batch: per_step and counts do not go with Project, which needs every pixel"
+                )
         elif self.measure is not None and not isinstance(self.measure, March):
-            raise TypeError(f"Batch: measure is {self.measure!r}; accepted are None, Project(angles) and March(...)")
+            raise TypeError(
+                f"Batch: measure is {self.measure!r}; accepted are None, Project(angles) and "
+                "March(...)"
+            )
 
     def _check_draws(self) -> None:
         for name in ("seed", "counts"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, Tensor) or value.shape != self.y.shape[:1]):
-                raise ValueError(f"Batch: {name} is {value!r}; accepted is an integer tensor [{self.tasks}]")
+            if value is not None and (
+                not isinstance(value, Tensor) or value.shape != self.y.shape[:1]
+            ):
+                raise ValueError(
+                    f"Batch: {name} is {value!r}; accepted is an integer tensor [{self.tasks}]"
+                )
         if self.seed is not None and self.seed.dtype != torch.int64:
             raise TypeError(f"Batch: seed is {self.seed.dtype}; accepted is int64")
         if self.counts is not None:
             if self.counts.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"Batch: counts is {self.counts.dtype}; accepted are int32 and int64")
+                raise TypeError(
+                    f"Batch: counts is {self.counts.dtype}; accepted are int32 and int64"
+                )
             low, high = int(self.counts.min()), int(self.counts.max())
             if low < 1 or high > self.points:
-                raise ValueError(f"Batch: counts goes from {low} to {high}; accepted are 1 to {self.points}")
+                raise ValueError(
+                    f"Batch: counts goes from {low} to {high}; accepted are 1 to {self.points}"
+                )
         if self.per_step is not None:
             if not isinstance(self.per_step, int) or self.per_step < 1:
-                raise ValueError(f"Batch: per_step is {self.per_step!r}; accepted is an integer >= 1")
+                raise ValueError(
+                    f"Batch: per_step is {self.per_step!r}; accepted is an integer >= 1"
+                )
             if self.seed is None:
                 raise ValueError("Batch: per_step draws points, so it needs seed [T]")
 
@@ -273,11 +327,13 @@ class Batch:
             return self.loss, None
         if isinstance(self.loss, tuple) and len(self.loss) == 2:
             return self.loss[0], float(self.loss[1])
-        raise ValueError(f"Batch: loss is {self.loss!r}; accepted are 'mse', 'l1' and ('l1', clamp above 0)")
+        raise ValueError(
+            f"Batch: loss is {self.loss!r}; accepted are 'mse', 'l1' and ('l1', clamp above 0)"
+        )
 
     @property
     def measure_name(self) -> str:
-        """"none", "project" or "march"."""
+        """One of "none", "project" and "march"."""
         return "none" if self.measure is None else type(self.measure).__name__.lower()
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:

@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt as error:
-        print(f"fastmeta: interrupted: {error}" if str(error) else "fastmeta: interrupted", file=sys.stderr)
+        print(
+            f"fastmeta: interrupted: {error}" if str(error) else "fastmeta: interrupted",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         return 0
@@ -64,7 +67,9 @@ def _run(arguments: list[str]) -> int:
         print(f"best start: {best}")
     elif command == "train":
         came = rest[0] if rest else "nothing"
-        raise ValueError(f"train: the kind of signal is {came}; accepted is images, as in: fastmeta train images --help")
+        raise ValueError(
+            f"train: the kind of signal is {came}; accepted is images, as in: fastmeta train images --help"
+        )
     elif command == "fit":
         options = _options(Fit, "fit", rest)
         out = fit(options)
@@ -75,7 +80,9 @@ def _run(arguments: list[str]) -> int:
         print((out / "table.md").read_text())
         print(f"table.md, table.csv, scores.json and the pictures curve.png, strip.png: {out}")
     else:
-        raise ValueError(f"{command}: no such command; accepted are train, fit, eval, info, --version, --help")
+        raise ValueError(
+            f"{command}: no such command; accepted are train, fit, eval, info, --version, --help"
+        )
     return 0
 
 
@@ -94,7 +101,9 @@ def _resumed(arguments: list[str]) -> Config | None:
         return None
     at = [i for i, a in enumerate(arguments) if a == "--out"]
     out = arguments[at[-1] + 1] if at and at[-1] + 1 < len(arguments) else None
-    out = next((a.removeprefix("--out=") for a in reversed(arguments) if a.startswith("--out=")), out)
+    out = next(
+        (a.removeprefix("--out=") for a in reversed(arguments) if a.startswith("--out=")), out
+    )
     return saved_config(Path(out)) if out is not None and (Path(out) / CONFIG).exists() else None
 
 
@@ -122,7 +131,10 @@ def cases() -> list[tuple[tuple[str, str, str, str], list[dispatch.Case]]]:
                     nets: list[MLP | None] = [None]
                     if op not in ("composite", "project"):
                         nets = [_small(activation, measure) for activation in ACTIVATIONS]
-                    made = [dispatch.Case(op, torch.float32, where, None, n, measure, rule, order) for n in nets]
+                    made = [
+                        dispatch.Case(op, torch.float32, where, None, n, measure, rule, order)
+                        for n in nets
+                    ]
                     rows.append(((op, measure, rule or "", str(order)), made))
     return rows
 
@@ -146,14 +158,19 @@ def info() -> str:
     for name, reason in dispatch.available().items():
         lines.append(f"  {name:<10} {'runs' if reason is None else f'cannot run: {reason}'}")
     workers = list(dispatch.WORKERS)
-    lines += ["", f"{'op':<10} {'measure':<8} {'rule':<9} order  " + "".join(f"{w:<10} " for w in workers)]
+    lines += [
+        "",
+        f"{'op':<10} {'measure':<8} {'rule':<9} order  " + "".join(f"{w:<10} " for w in workers),
+    ]
     for (op, measure, rule, order), made in cases():
         cells = []
         for worker in workers:
             taken = sum(not dispatch.objections(case, worker) for case in made)
             cells.append("all" if taken == len(made) else f"{taken}/{len(made)}" if taken else "-")
-        lines.append(f"{op:<10} {measure:<8} {rule:<9} {order:<5}  " + "".join(f"{c:<10} " for c in cells))
-    lines.append("\nall: of the activations " + ", ".join(ACTIVATIONS) + "; render is mlp and composite")
+        lines.append(
+            f"{op:<10} {measure:<8} {rule:<9} {order:<5}  " + "".join(f"{c:<10} " for c in cells)
+        )
+    lines.append(
+        "\nall: of the activations " + ", ".join(ACTIVATIONS) + "; render is mlp and composite"
+    )
     return "\n".join(line.rstrip() for line in lines)
-
-

@@ -1,7 +1,7 @@
 """The environment variables that fastmeta reads, all of them.
 
-FASTMETA_IMPL   worker used where a call names none ("reference", "cpu", "triton", "cuda"); as strict as ``impl=``
-FASTMETA_DEBUG  1: the command line shows the Python traceback of an error
+FASTMETA_IMPL   worker used where a call names none ("reference", "cpu", "triton", "cuda"); as
+strict as ``impl=`` FASTMETA_DEBUG  1: the command line shows the Python traceback of an error
 """
 
 import os

@@ -1,11 +1,14 @@
-"""The whole mathematics in plain PyTorch, float32 or float64: the specification that every worker is tested against.
+"""The whole mathematics in plain PyTorch, float32 or float64: the specification that every worker
+is tested against.
 
-Each pass stands here once and runs on two kinds of number. On tensors, ``forward`` and ``backward`` give y and the
-gradient. On ``Dual`` numbers a + ε ȧ (ε² = 0) the same lines give ẏ and the derivative of the gradient: with ȧ = v in
-the weights, the tangent of the gradient is the Hessian-vector product H v.
+Each pass stands here once and runs on two kinds of number. On tensors, ``forward`` and ``backward``
+give y and the gradient. On ``Dual`` numbers a + ε ȧ (ε² = 0) the same lines give ẏ and the
+derivative of the gradient: with ȧ = v in the weights, the tangent of the gradient is the
+Hessian-vector product H v.
 
-Everything is written over T tasks: weights [T,out,in], coordinates [T,N,D]; one set of weights for all tasks has T = 1.
-Memory stays at one tile of points: activations are recomputed, never kept between passes.
+Everything is written over T tasks: weights [T,out,in], coordinates [T,N,D]; one set of weights for
+all tasks has T = 1. Memory stays at one tile of points: activations are recomputed, never kept
+between passes.
 """
 
 from __future__ import annotations
@@ -45,12 +48,17 @@ def exact(function: _F) -> _F:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        settings = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+        backends: Any = torch.backends
+        settings = (backends.mkldnn.matmul, backends.cuda.matmul)
         before = [s.fp32_precision for s in settings]
         try:
             for s in settings:
                 s.fp32_precision = "ieee"
-            with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            with (
+                torch.no_grad(),
+                torch.autocast("cpu", enabled=False),
+                torch.autocast("cuda", enabled=False),
+            ):
                 return function(*args, **kwargs)
         finally:
             for s, value in zip(settings, before, strict=True):
@@ -59,7 +67,7 @@ def exact(function: _F) -> _F:
     return run  # type: ignore[return-value]
 
 
-# Dual numbers ---------------------------------------------------------------------------------------------------------
+# Dual numbers ---
 
 
 class Dual:
@@ -83,7 +91,10 @@ class Dual:
         return -self + other
 
     def __mul__(self, other: Number | float) -> Dual:
-        return Dual(self.a * value(other), _plus(_times(self.d, value(other)), _times(tangent(other), self.a)))
+        return Dual(
+            self.a * value(other),
+            _plus(_times(self.d, value(other)), _times(tangent(other), self.a)),
+        )
 
     def __matmul__(self, other: Number) -> Dual:
         d = None if self.d is None else self.d @ value(other)
@@ -111,7 +122,8 @@ class Dual:
     __rmul__ = __mul__
 
 
-Number = Tensor | Dual
+# Tensor | Dual. Both run through the same lines, which mypy cannot follow: to it this is Any.
+Number = Any
 
 
 def value(x: Any) -> Any:
@@ -150,15 +162,18 @@ def _join(join: Callable[..., Tensor], parts: list[Number], dim: int) -> Number:
     tangents = [tangent(p) for p in parts]
     if all(t is None for t in tangents):
         return Dual(join([value(p) for p in parts], dim))
-    filled = [torch.zeros_like(value(p)) if t is None else t for p, t in zip(parts, tangents, strict=True)]
+    filled = [
+        torch.zeros_like(value(p)) if t is None else t for p, t in zip(parts, tangents, strict=True)
+    ]
     return Dual(join([value(p) for p in parts], dim), join(filled, dim))
 
 
-# Activations: z -> (φ(z), φ'(z)), as numbers of z's kind; φ'' enters as the tangent of φ' -----------------------------
+# Activations: z -> (φ(z), φ'(z)), as numbers of z's kind; φ'' enters as the tangent of φ' ---------
 
 
 def activation(name: str, z: Number, w0: float = 1.0) -> tuple[Number, Number | None]:
-    """``h = φ(z)`` and ``φ'(z)``; None stands for φ' = 1. Every second derivative is the tangent of φ'."""
+    """``h = φ(z)`` and ``φ'(z)``; None stands for φ' = 1. Every second derivative is the tangent of
+    φ'."""
     if name in ("none", "linear"):
         return z, None
     h, first, second = _ACTIVATIONS[name](value(z), w0)
@@ -211,11 +226,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, float], tuple]] = {
 }
 
 
-# The network: encode, forward, backward -------------------------------------------------------------------------------
+# The network: encode, forward, backward ---
 
 
 def encode(net: MLP, x: Number) -> tuple[Number, Number | None]:
-    """``h_0 = concat(x if include_input, sin(xB + φ))`` [T,N,E], and cos(xB + φ) [T,N,F] for the way back."""
+    """``h_0 = concat(x if include_input, sin(xB + φ))`` [T,N,E], and cos(xB + φ) [T,N,F] for the
+    way back."""
     if net.encoding is None:
         return x, None
     B, phi = encoding_tensors(net.encoding, value(x).device, value(x).dtype)
@@ -253,7 +269,8 @@ class Tape(NamedTuple):
 
 
 def forward(net: MLP, layers: Layers, x: Number) -> tuple[Number, Tape]:
-    """``z_l = W_l h_{l-1} + b_l``, ``h_l = φ(z_l)``, ``y = out(z_L) + shift``: [T,N,D] -> [T,N,C]."""
+    """``z_l = W_l h_{l-1} + b_l``, ``h_l = φ(z_l)``, ``y = out(z_L) + shift``: [T,N,D] ->
+    [T,N,C]."""
     h, cosine = encode(net, x)
     steps = []
     names = [net.activation] * (net.depth - 1) + [net.output]
@@ -265,8 +282,11 @@ def forward(net: MLP, layers: Layers, x: Number) -> tuple[Number, Tape]:
     return h + net.output_shift, Tape(steps, cosine)
 
 
-def backward(net: MLP, layers: Layers, tape: Tape, gy: Number, *, want_x: bool = False) -> tuple[Layers, Number | None]:
-    """``δ_l = φ'(z_l) h̄_l``, ``W̄_l = Σ δ_l h_{l-1}ᵀ``, ``b̄_l = Σ δ_l``, ``h̄_{l-1} = W_lᵀ δ_l``; Σ over points."""
+def backward(
+    net: MLP, layers: Layers, tape: Tape, gy: Number, *, want_x: bool = False
+) -> tuple[Layers, Number | None]:
+    """``δ_l = φ'(z_l) h̄_l``, ``W̄_l = Σ δ_l h_{l-1}ᵀ``, ``b̄_l = Σ δ_l``, ``h̄_{l-1} = W_lᵀ δ_l``;
+    Σ over points."""
     gradients: Layers = []
     for index in range(net.depth - 1, -1, -1):
         h, slope = tape.steps[index]
@@ -282,7 +302,9 @@ def dual_layers(net: MLP, params: Tensor, v: Tensor | None) -> Layers:
     plain = net.layers(params)
     if v is None:
         return [(w, b) for w, b in plain]
-    return [(Dual(w, dw), Dual(b, db)) for (w, b), (dw, db) in zip(plain, net.layers(v), strict=True)]
+    return [
+        (Dual(w, dw), Dual(b, db)) for (w, b), (dw, db) in zip(plain, net.layers(v), strict=True)
+    ]
 
 
 def _flat(gradients: Layers) -> tuple[Tensor, Tensor | None]:
@@ -292,15 +314,23 @@ def _flat(gradients: Layers) -> tuple[Tensor, Tensor | None]:
     return value(rows), tangent(rows)
 
 
-# Tiles: how many points are in flight at a time -----------------------------------------------------------------------
+# Tiles: how many points are in flight at a time ---
 
 
-def _tiles(net: MLP, tasks: int, points: int, dtype: torch.dtype, max_memory: int | None = None, group: int = 1) -> Iterator[tuple[slice, slice]]:
-    """(tasks, points) slices whose activations fit the budget: several tasks of few points, or points of one task.
+def _tiles(
+    net: MLP,
+    tasks: int,
+    points: int,
+    dtype: torch.dtype,
+    max_memory: int | None = None,
+    group: int = 1,
+) -> Iterator[tuple[slice, slice]]:
+    """(tasks, points) slices whose activations fit the budget: several tasks of few points, or
+    points of one task.
 
-    A point keeps about five numbers per neuron on the dual way. Without a bound, tiles hold 32 MiB: on 2 cores of a
-    Zen 5, T = 3, N = 4096, width 128, that was as fast as any size from 8 to 64 MiB.
-    ``group`` points (a ray's samples) stay together; the least tile is 256 points.
+    A point keeps about five numbers per neuron on the dual way. Without a bound, tiles hold 32 MiB:
+    on 2 cores of a Zen 5, T = 3, N = 4096, width 128, that was as fast as any size from 8 to 64
+    MiB. ``group`` points (a ray's samples) stay together; the least tile is 256 points.
     """
     per_point = 5 * dtype.itemsize * (net.encoded_features + net.depth * net.width)
     fit = max(256, (2**25 if max_memory is None else max_memory) // per_point)
@@ -325,7 +355,7 @@ def _reduce(total: Tensor, rows: slice, part: Tensor) -> None:
         total[rows] += part
 
 
-# mlp ------------------------------------------------------------------------------------------------------------------
+# mlp ---
 
 
 @exact
@@ -339,48 +369,55 @@ def mlp(net: MLP, params: Tensor, x: Tensor) -> Tensor:
 
 
 @exact
-def mlp_grad(net: MLP, params: Tensor, x: Tensor, gy: Tensor, *, want_x: bool = True) -> tuple[Tensor, Tensor | None]:
-    """``p̄ = J_pᵀ ȳ``, ``x̄ = J_xᵀ ȳ``, in the shapes of params and x (summed over tasks where these are shared)."""
-    gp, gx, _, _, _ = _mlp_pass(net, params, x, None, None, gy, want_x)
-    return gp, gx
+def mlp_grad(
+    net: MLP, params: Tensor, x: Tensor, gy: Tensor, *, want_x: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """``p̄ = J_pᵀ ȳ``, ``x̄ = J_xᵀ ȳ``, in the shapes of params and x (summed over tasks where
+    these are shared)."""
+    gp, gx, *_ = _mlp_pass(net, params, x, None, None, gy, want_x)
+    return gp, gx if want_x else None
 
 
 @exact
 def mlp_dual(
     net: MLP, params: Tensor, x: Tensor, v: Tensor | None, w: Tensor | None, gy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ẏ, p̄̇, x̄̇) along v in the weights and w in the coordinates, ȳ̇ = 0: the derivatives of ⟨v,p̄⟩ + ⟨w,x̄⟩."""
-    zeros = torch.zeros_like
-    _, _, dy, dp, dx = _mlp_pass(net, params, x, zeros(params) if v is None else v, w, gy, True)
+    """(ẏ, p̄̇, x̄̇) along v in the weights and w in the coordinates, ȳ̇ = 0: the derivatives of
+    ⟨v,p̄⟩ + ⟨w,x̄⟩."""
+    v = torch.zeros_like(params) if v is None else v
+    _, _, dy, dp, dx = _mlp_pass(net, params, x, v, w, gy, True)
     return dy, dp, dx
 
 
-def _mlp_pass(net: MLP, params: Tensor, x: Tensor, v: Tensor | None, w: Tensor | None, gy: Tensor, want_x: bool) -> tuple:
-    T, N = gy.shape[0], gy.shape[1]
-    gp, gx = torch.zeros_like(params), torch.zeros_like(x) if want_x else None
-    dp, dx, dy = (torch.zeros_like(params), torch.zeros_like(x), torch.zeros_like(gy)) if v is not None else (None,) * 3
-    for ts, ns in _tiles(net, T, N, x.dtype):
+def _mlp_pass(
+    net: MLP,
+    params: Tensor,
+    x: Tensor,
+    v: Tensor | None,
+    w: Tensor | None,
+    gy: Tensor,
+    want_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(p̄, x̄, ẏ, p̄̇, x̄̇): sums over tiles; what was not asked for stays zero."""
+    gp, gx, dy, dp, dx = (torch.zeros_like(q) for q in (params, x, gy, params, x))
+    for ts, ns in _tiles(net, gy.shape[0], gy.shape[1], x.dtype):
         layers = dual_layers(net, _rows(params, ts), None if v is None else _rows(v, ts))
         xs: Number = _rows(x, ts)[:, ns]
         if w is not None:
             xs = Dual(xs, _rows(w, ts)[:, ns])
         y, tape = forward(net, layers, xs)
-        grads, gxs = backward(net, layers, tape, gy[ts, ns], want_x=want_x)
-        rows, drows = _flat(grads)
+        gradients, gxs = backward(net, layers, tape, gy[ts, ns], want_x=want_x)
+        rows, tangents = _flat(gradients)
         _reduce(gp, ts, rows)
-        if gx is not None:
+        if gxs is not None:
             _reduce(gx[:, ns], ts, value(gxs))
-        if dy is not None:
-            if drows is not None:
-                _reduce(dp, ts, drows)
-            if tangent(gxs) is not None:
-                _reduce(dx[:, ns], ts, tangent(gxs))
-            if tangent(y) is not None:
-                dy[ts, ns] = tangent(y)
+        for total, part in ((dp, tangents), (dx[:, ns], tangent(gxs)), (dy[:, ns], tangent(y))):
+            if part is not None:
+                _reduce(total, ts, part)
     return gp, gx, dy, dp, dx
 
 
-# Compositing along rays -----------------------------------------------------------------------------------------------
+# Compositing along rays ---
 
 
 class _March(NamedTuple):
@@ -399,9 +436,12 @@ class _March(NamedTuple):
     w: Number  # T α
 
 
-def composite_forward(raw: Number, t: Number, march: March) -> tuple[Number, Number, Number, _March]:
-    """``s = ρ(raw_3)``, ``c = sigmoid(raw_0..2)``, ``τ = s δ``, ``α = −expm1(−τ)``, ``f = min(1, e^{−τ} + 1e-10)``,
-    ``T_1 = 1``, ``T_{i+1} = T_i f_i``, ``w = T α``; ``rgb = Σ w c + β(1 − Σ w)``, ``depth = Σ w t``, ``acc = Σ w``.
+def composite_forward(
+    raw: Number, t: Number, march: March
+) -> tuple[Number, Number, Number, _March]:
+    """``s = ρ(raw_3)``, ``c = sigmoid(raw_0..2)``, ``τ = s δ``, ``α = −expm1(−τ)``, ``f = min(1,
+    e^{−τ} + 1e-10)``, ``T_1 = 1``, ``T_{i+1} = T_i f_i``, ``w = T α``; ``rgb = Σ w c + β(1 − Σ
+    w)``, ``depth = Σ w t``, ``acc = Σ w``.
 
     raw [...,S,4], t [...,S] -> rgb [...,3], depth [...], acc [...].
     """
@@ -426,9 +466,11 @@ def composite_forward(raw: Number, t: Number, march: March) -> tuple[Number, Num
     return rgb, (w * t).sum(-1), acc, _March(c, dc, s, ds, delta, e, alpha, f, mask, T, w)
 
 
-def composite_backward(m: _March, t: Number, march: March, grgb: Number, gdepth: Number, gacc: Number) -> tuple[Number, Number]:
-    """``w̄ = ⟨r̄gb, c−β⟩ + d̄epth t + ācc``, and a scan from the back without division, ``G_{S+1} = 0``:
-    ``τ̄_i = T_i e_i k_i``, ``k_i = w̄_i − m_i G_{i+1}``, ``G_i = α_i w̄_i + f_i G_{i+1}``."""
+def composite_backward(
+    m: _March, t: Number, march: March, grgb: Number, gdepth: Number, gacc: Number
+) -> tuple[Number, Number]:
+    """``w̄ = ⟨r̄gb, c−β⟩ + d̄epth t + ācc``, and a scan from the back without division, ``G_{S+1} =
+    0``: ``τ̄_i = T_i e_i k_i``, ``k_i = w̄_i − m_i G_{i+1}``, ``G_i = α_i w̄_i + f_i G_{i+1}``."""
     grgb, gdepth, gacc = grgb[..., None, :], gdepth[..., None], gacc[..., None]
     white = 1.0 if march.white_background else 0.0
     gw = (grgb * (m.colour - white)).sum(-1) + gdepth * t + gacc  # [...,S]
@@ -454,7 +496,9 @@ def composite(raw: Tensor, t: Tensor, march: March) -> tuple[Tensor, Tensor, Ten
 
 
 @exact
-def composite_grad(raw: Tensor, t: Tensor, march: March, grgb: Tensor, gdepth: Tensor, gacc: Tensor) -> tuple[Tensor, Tensor]:
+def composite_grad(
+    raw: Tensor, t: Tensor, march: March, grgb: Tensor, gdepth: Tensor, gacc: Tensor
+) -> tuple[Tensor, Tensor]:
     """(r̄aw, t̄) from the adjoints of (rgb, depth, acc)."""
     *_, tape = composite_forward(raw, t, march)
     return composite_backward(tape, t, march, grgb, gdepth, gacc)
@@ -462,7 +506,14 @@ def composite_grad(raw: Tensor, t: Tensor, march: March, grgb: Tensor, gdepth: T
 
 @exact
 def composite_dual(
-    raw: Tensor, t: Tensor, march: March, vraw: Tensor, vt: Tensor, grgb: Tensor, gdepth: Tensor, gacc: Tensor
+    raw: Tensor,
+    t: Tensor,
+    march: March,
+    vraw: Tensor,
+    vt: Tensor,
+    grgb: Tensor,
+    gdepth: Tensor,
+    gacc: Tensor,
 ) -> tuple[Tensor, ...]:
     """(rġb, dėpth, aċc, r̄aẇ, t̄̇) along (vraw, vt), the adjoints held fixed."""
     a, b = Dual(raw, vraw), Dual(t, vt)
@@ -471,12 +522,13 @@ def composite_dual(
     return rgb.d, depth.d, acc.d, graw.d, gt.d
 
 
-# The CT projector -----------------------------------------------------------------------------------------------------
+# The CT projector ---
 
 
 @exact
 def project(image: Tensor, pixels: Tensor) -> Tensor:
-    """``sino[a,c] = (1/N) Σ_r image[k(a,r,c)]``, k < 0 counts as 0: image [T,H,W], pixels [T,A,W,W] -> [T,A,W]."""
+    """``sino[a,c] = (1/N) Σ_r image[k(a,r,c)]``, k < 0 counts as 0: image [T,H,W], pixels [T,A,W,W]
+    -> [T,A,W]."""
     T, A, N, _ = pixels.shape
     padded = torch.cat([image.flatten(1), image.new_zeros(T, 1)], 1)  # index −1 is the last entry
     index = torch.where(pixels < 0, N * N, pixels).long()
@@ -493,11 +545,12 @@ def project_adjoint(sinogram: Tensor, pixels: Tensor) -> Tensor:
     return image[:, :-1].view(T, N, N)
 
 
-# Task losses ----------------------------------------------------------------------------------------------------------
+# Task losses ---
 
 
 class Sample(NamedTuple):
-    """What one step sees: drawn points or rays, their targets, which are real, and how many numbers the mean is over."""
+    """What one step sees: drawn points or rays, their targets, which are real, and how many numbers
+    the mean is over."""
 
     x: Tensor | None  # [T or 1,N,D]
     rays: Rays | None
@@ -508,7 +561,8 @@ class Sample(NamedTuple):
 
 
 def draw(batch: Batch, step: int) -> Sample:
-    """The points or rays of a step: all of them, or ``per_step`` drawn with replacement from the first ``counts``."""
+    """The points or rays of a step: all of them, or ``per_step`` drawn with replacement from the
+    first ``counts``."""
     x, y, valid, counts = batch.x, batch.y, None, batch.counts
     points = batch.points
     if batch.per_step is not None:
@@ -527,10 +581,12 @@ def draw(batch: Batch, step: int) -> Sample:
         keep = valid[..., None]
         y = torch.where(keep, y, 0)
         if isinstance(x, Rays):
-            x = Rays(torch.where(keep, x.origins, 0), torch.where(keep, x.directions, 0), x.near, x.far)
+            x = Rays(
+                torch.where(keep, x.origins, 0), torch.where(keep, x.directions, 0), x.near, x.far
+            )
         else:
             x = torch.where(keep, x, 0)
-    count = y.shape[1] if valid is None else counts
+    count = y.shape[1] if valid is None or counts is None else counts
     numbers = torch.as_tensor(count * y.shape[-1], device=y.device).to(y.dtype).expand(batch.tasks)
     if isinstance(x, Rays):
         assert isinstance(batch.measure, March)
@@ -550,8 +606,11 @@ def ray_times(rays: Rays, march: March, seed: Tensor | None, step: int) -> Tenso
     return t + jitter * ((far - near) / S)[:, None, None]
 
 
-def loss_forward(kind: str, clamp: float | None, y: Number, target: Tensor) -> tuple[Tensor, Number]:
-    """(ℓ, ℓ') elementwise: mse (y−t)², l1 |y−t|, clamped |clip(y) − clip(t)|; derivative 0 at the kinks."""
+def loss_forward(
+    kind: str, clamp: float | None, y: Number, target: Tensor
+) -> tuple[Tensor, Number]:
+    """(ℓ, ℓ') elementwise: mse (y−t)², l1 |y−t|, clamped |clip(y) − clip(t)|; derivative 0 at the
+    kinks."""
     if kind == "mse":
         difference = y - target
         return value(difference) ** 2, 2.0 * difference
@@ -563,7 +622,9 @@ def loss_forward(kind: str, clamp: float | None, y: Number, target: Tensor) -> t
     return difference.abs(), difference.sign() * (a.abs() < clamp)
 
 
-def _seed_adjoint(batch: Batch, sample: Sample, ts: slice, ns: slice, y: Number) -> tuple[Tensor, Number]:
+def _seed_adjoint(
+    batch: Batch, sample: Sample, ts: slice, ns: slice, y: Number
+) -> tuple[Tensor, Number]:
     """This tile's share of the loss [T], and ȳ [T,N,C]."""
     kind, clamp = batch.loss_parts
     ell, slope = loss_forward(kind, clamp, y, sample.y[ts, ns])
@@ -573,7 +634,9 @@ def _seed_adjoint(batch: Batch, sample: Sample, ts: slice, ns: slice, y: Number)
     return (ell * scale).sum((1, 2)), slope * scale
 
 
-def _march_tile(net: MLP, layers: Layers, batch: Batch, sample: Sample, ts: slice, ns: slice, grad: bool) -> tuple:
+def _march_tile(
+    net: MLP, layers: Layers, batch: Batch, sample: Sample, ts: slice, ns: slice, grad: bool
+) -> tuple:
     """Rays of a tile: points o + t d, network, compositing, loss, and back."""
     assert sample.rays is not None and sample.t is not None and isinstance(batch.measure, March)
     t = sample.t[ts, ns]  # [T,R,S]
@@ -590,7 +653,9 @@ def _march_tile(net: MLP, layers: Layers, batch: Batch, sample: Sample, ts: slic
     return loss, backward(net, layers, tape, _linear(lambda q: q.flatten(1, 2), graw))[0]
 
 
-def _point_tile(net: MLP, layers: Layers, batch: Batch, sample: Sample, ts: slice, ns: slice, grad: bool) -> tuple:
+def _point_tile(
+    net: MLP, layers: Layers, batch: Batch, sample: Sample, ts: slice, ns: slice, grad: bool
+) -> tuple:
     """Points of a tile: network, loss, and back."""
     assert sample.x is not None
     y, tape = forward(net, layers, _rows(sample.x, ts)[:, ns])
@@ -601,7 +666,8 @@ def _point_tile(net: MLP, layers: Layers, batch: Batch, sample: Sample, ts: slic
 def _project_task(
     net: MLP, layers: Layers, batch: Batch, sample: Sample, task: slice, max_memory: int | None
 ) -> tuple[Tensor, Iterator[Layers]]:
-    """One task of CT: the whole image is needed before the loss, so its tiles run again on the way back."""
+    """One task of CT: the whole image is needed before the loss, so its tiles run again on the way
+    back."""
     assert sample.x is not None and isinstance(batch.measure, Project)
     W = sample.y.shape[-1]
     x = _rows(sample.x, task)
@@ -612,11 +678,22 @@ def _project_task(
     sinogram = _linear(lambda q: project(q, pixels), image)
     loss, gsino = _seed_adjoint(batch, sample, task, slice(None), sinogram)
     gimage = _linear(lambda q: project_adjoint(q, pixels).flatten(1)[..., None], gsino)
-    return loss, (backward(net, layers, forward(net, layers, x[:, ns])[1], gimage[:, ns])[0] for ns in tiles)
+    return loss, (
+        backward(net, layers, forward(net, layers, x[:, ns])[1], gimage[:, ns])[0] for ns in tiles
+    )
 
 
-def _loss_pass(net: MLP, params: Tensor, v: Tensor | None, batch: Batch, step: int, grad: bool, max_memory: int | None) -> tuple:
-    """Sum of the tiles: (loss [T], gradient [T,P] or None, H v [T,P] or None); params and v are [T or 1,P]."""
+def _loss_pass(
+    net: MLP,
+    params: Tensor,
+    v: Tensor | None,
+    batch: Batch,
+    step: int,
+    grad: bool,
+    max_memory: int | None,
+) -> tuple:
+    """Sum of the tiles: (loss [T], gradient [T,P] or None, H v [T,P] or None); params and v are [T
+    or 1,P]."""
     sample = draw(batch, step)
     T = batch.tasks
     loss = sample.y.new_zeros(T)
@@ -658,18 +735,22 @@ def loss(net: MLP, params: Tensor, batch: Batch, step: int = 0) -> Tensor:
 
 
 @exact
-def loss_grad(net: MLP, params: Tensor, batch: Batch, step: int = 0, max_memory: int | None = None) -> tuple[Tensor, Tensor]:
+def loss_grad(
+    net: MLP, params: Tensor, batch: Batch, step: int = 0, max_memory: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(loss [T], ∇L [T,P])."""
     return _loss_pass(net, params, None, batch, step, True, max_memory)[:2]
 
 
 @exact
-def loss_hvp(net: MLP, params: Tensor, v: Tensor, batch: Batch, step: int = 0, max_memory: int | None = None) -> tuple[Tensor, Tensor]:
+def loss_hvp(
+    net: MLP, params: Tensor, v: Tensor, batch: Batch, step: int = 0, max_memory: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(∇L [T,P], ∇²L v [T,P])."""
     return _loss_pass(net, params, v, batch, step, True, max_memory)[1:]
 
 
-# Inner rules ----------------------------------------------------------------------------------------------------------
+# Inner rules ---
 
 State = tuple[Tensor, ...]  # the rule's state, each [T,P]
 
@@ -687,7 +768,9 @@ def rule_step(rule: Rule, k: int, theta: Tensor, g: Tensor, state: State) -> tup
     return adam_update(rule, k, m, v)[0], (m, v)
 
 
-def adam_update(rule: Adam, k: int, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, float, float]:
+def adam_update(
+    rule: Adam, k: int, m: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, float, float]:
     """``u = m / (c1 D)``, ``D = r + ε``, ``r = √(v / c2)``, with (u, D, r, c1, c2); n = k + 1."""
     c1, c2 = 1 - rule.beta1 ** (k + 1), 1 - rule.beta2 ** (k + 1)
     r = torch.sqrt(v / c2)
@@ -708,10 +791,11 @@ def adapt(
     keep_updates: bool = False,
     max_memory: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, list[State], Tensor | None]:
-    """K inner steps of every task from params [T or 1,P], rates lr [K,T,P] (broadcast views welcome).
+    """K inner steps of every task from params [T or 1,P], rates lr [K,T,P] (broadcast views
+    welcome).
 
-    Returns (θ_K [T,P], losses [K,T], θ_0..θ_K [K+1,T,P] if keep, states 0..K if keep_state, u [K,T,P] if keep_updates);
-    losses[k] = L_k(θ_k), before step k.
+    Returns (θ_K [T,P], losses [K,T], θ_0..θ_K [K+1,T,P] if keep, states 0..K if keep_state, u
+    [K,T,P] if keep_updates); losses[k] = L_k(θ_k), before step k.
     """
     K, T, P = lr.shape
     theta = params.expand(T, P)
@@ -735,19 +819,23 @@ def adapt(
     return theta.contiguous() if K else theta.clone(), losses, thetas, states, updates
 
 
-# Meta-gradients: walking back over the inner steps --------------------------------------------------------------------
+# Meta-gradients: walking back over the inner steps ---
 
 
 class Adjoint(NamedTuple):
-    """What step k hands back: the cotangent ḡ_k of its gradient, weight decay's ω, u_k, and the state's adjoint."""
+    """What step k hands back: the cotangent ḡ_k of its gradient, weight decay's ω, u_k, and the
+    state's adjoint."""
 
     g: Tensor
     decay: float
     state: State
 
 
-def rule_adjoint(rule: Rule, k: int, ubar: Tensor, after: State, state: State, g: Tensor | None) -> Adjoint:
-    """From ``ū = −α ⊙ λ_{k+1}`` and the adjoint of state_{k+1}: ḡ_k and the adjoint of state_k. See MATH's walks."""
+def rule_adjoint(
+    rule: Rule, k: int, ubar: Tensor, after: State, state: State, g: Tensor | None
+) -> Adjoint:
+    """From ``ū = −α ⊙ λ_{k+1}`` and the adjoint of state_{k+1}: ḡ_k and the adjoint of state_k. See
+    MATH's walks."""
     if isinstance(rule, SGD):
         return Adjoint(ubar, 0.0, ())
     if isinstance(rule, Momentum):
@@ -783,14 +871,17 @@ def walk(
 ) -> Tensor:
     """λ_0 [T,P] of exact second order: ``λ_k = λ_{k+1} + H_k ḡ_k (+ ω ḡ_k)``, from λ_K.
 
-    For SGD ``ḡ_k = −α_k ⊙ λ_{k+1}``: the rate goes inside the Hessian-vector product. H_k belongs to the support loss
-    with step k's own draw. ``learn(k, ā_k)`` receives the rates' gradient ``ā_k = −λ_{k+1} ⊙ u_k`` [T,P].
+    For SGD ``ḡ_k = −α_k ⊙ λ_{k+1}``: the rate goes inside the Hessian-vector product. H_k belongs
+    to the support loss with step k's own draw. ``learn(k, ā_k)`` receives the rates' gradient ``ā_k
+    = −λ_{k+1} ⊙ u_k`` [T,P].
     """
     after: State = ()
     for k in range(lr.shape[0] - 1, -1, -1):
         ubar = -lr[k] * lam
         g = None
-        if isinstance(rule, Adam):  # g_k from the states around it: ten times float32's rounding, in a small term
+        if isinstance(
+            rule, Adam
+        ):  # g_k from the states around it: ten times float32's rounding, in a small term
             before = states[k][0] if k else 0.0
             g = (states[k + 1][0] - rule.beta1 * before) / (1 - rule.beta1)
         step = rule_adjoint(rule, k, ubar, after, states[k + 1] if states else (), g)

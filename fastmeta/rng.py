@@ -1,7 +1,8 @@
 """Counter-based random draws: Philox4x32-10, the same numbers on every worker.
 
-Key = the task's seed (int64, low word first), counter = (index, step, stream, 0), and the first output word is used:
-an integer in [0,R) is ``mulhi(u32, R)``, a float in [0,1) is ``(u32 >> 8)·2⁻²⁴``.
+Key = the task's seed (int64, low word first), counter = (index, step, stream, 0), and the first
+output word is used: an integer in [0,R) is ``mulhi(u32, R)``, a float in [0,1) is ``(u32 >>
+8)·2⁻²⁴``.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -17,13 +18,19 @@ POINTS, JITTER, SEEDS, SHUFFLE, MASKS, TEXT = range(6)
 _MASK = 0xFFFFFFFF
 
 
-def philox(seed: Tensor, index: Tensor, step: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32: four words in [0, 2³²) as int64, in the shape that seed and index broadcast to."""
+def philox(
+    seed: Tensor, index: Tensor, step: int, stream: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32: four words in [0, 2³²) as int64, in the shape that seed and index
+    broadcast to."""
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1 = index & _MASK, torch.full_like(index, step & _MASK)
     c2, c3 = torch.full_like(index, stream & _MASK), torch.zeros_like(index)
     for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps, the 64 bits of the product are all there
+        p0, p1 = (
+            c0 * 0xD2511F53,
+            c2 * 0xCD9E8D57,
+        )  # int64 wraps, the 64 bits of the product are all there
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _MASK) ^ c1 ^ k0,
             p1 & _MASK,
@@ -40,12 +47,15 @@ def _words(seed: Tensor, count: int, step: int, stream: int) -> Tensor:
 
 
 def integers(seed: Tensor, count: int, upper: Tensor | int, step: int, stream: int) -> Tensor:
-    """[T,count] int64 in [0, upper), with replacement; seed [T] int64, upper one number or [T], below 2³¹."""
+    """[T,count] int64 in [0, upper), with replacement; seed [T] int64, upper one number or [T],
+    below 2³¹."""
     upper = upper[:, None] if isinstance(upper, Tensor) else upper
     return (_words(seed, count, step, stream) * upper) >> 32
 
 
-def uniform(seed: Tensor, count: int, step: int, stream: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def uniform(
+    seed: Tensor, count: int, step: int, stream: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """[T,count] in [0,1), multiples of 2⁻²⁴ (exact in float32)."""
     return (_words(seed, count, step, stream) >> 8).to(dtype) * 2.0**-24
 

@@ -1,6 +1,8 @@
-"""Inner rules as data: how θ_k becomes θ_{k+1}. A rule names its hyper-parameters and state; workers carry it out.
+"""Inner rules as data: how θ_k becomes θ_{k+1}. A rule names its hyper-parameters and state;
+workers carry it out.
 
-α is the inner rate, g_k = ∇L_k(θ_k); it broadcasts to [K,T,P], so each step, task and parameter may have its own.
+α is the inner rate, g_k = ∇L_k(θ_k); it broadcasts to [K,T,P], so each step, task and parameter may
+have its own.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ class SGD:
 
 @dataclass(frozen=True)
 class MetaSGD(SGD):
-    """SGD whose rates are learned, one per parameter [P] unless others are given (Li et al. 2017)."""
+    """SGD whose rates are learned, one per parameter [P] unless others are given (Li et al.
+    2017)."""
 
     name: ClassVar[str] = "meta_sgd"
 
 
 @dataclass(frozen=True)
 class Momentum:
-    """``b_{k+1} = μ b_k + g_k + ω θ_k``, ``θ_{k+1} = θ_k − α u_k``; u = b_{k+1}, or with nesterov g' + μ b_{k+1}.
+    """``b_{k+1} = μ b_k + g_k + ω θ_k``, ``θ_{k+1} = θ_k − α u_k``; u = b_{k+1}, or with nesterov
+    g' + μ b_{k+1}.
 
     As ``torch.optim.SGD(momentum=mu, nesterov=nesterov, weight_decay=weight_decay)``; b_0 = 0.
     """
@@ -40,15 +44,18 @@ class Momentum:
     def __post_init__(self) -> None:
         if not 0 <= self.mu < 1 or self.weight_decay < 0:
             raise ValueError(
-                f"Momentum: mu is {self.mu}, weight_decay {self.weight_decay}; accepted are 0 <= mu < 1, weight_decay >= 0"
+                f"Momentum: mu is {self.mu}, weight_decay {self.weight_decay}; accepted are 0 "
+                "<= mu < 1, weight_decay >= 0"
             )
 
 
 @dataclass(frozen=True)
 class Adam:
-    """``m' = β1 m + (1−β1) g``, ``v' = β2 v + (1−β2) g²``, ``θ' = θ − α m'/(c1 (√(v'/c2) + ε))``, ``c_i = 1 − β_i^{k+1}``.
+    """``m' = β1 m + (1−β1) g``, ``v' = β2 v + (1−β2) g²``, ``θ' = θ − α m'/(c1 (√(v'/c2) + ε))``,
+    ``c_i = 1 − β_i^{k+1}``.
 
-    As ``torch.optim.Adam``. In second order, the square root has derivative 0 at v = 0 (exact there).
+    As ``torch.optim.Adam``. In second order, the square root has derivative 0 at v = 0 (exact
+    there).
     """
 
     beta1: float = 0.9
@@ -60,7 +67,8 @@ class Adam:
     def __post_init__(self) -> None:
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
             raise ValueError(
-                f"Adam: beta1 is {self.beta1}, beta2 {self.beta2}, eps {self.eps}; accepted are 0 <= beta < 1, eps > 0"
+                f"Adam: beta1 is {self.beta1}, beta2 {self.beta2}, eps {self.eps}; accepted "
+                "are 0 <= beta < 1, eps > 0"
             )
 
 
@@ -74,4 +82,7 @@ def resolve(rule: str | Rule) -> Rule:
         return rule
     if isinstance(rule, str) and rule in RULES:
         return RULES[rule]()
-    raise ValueError(f"rule is {rule!r}; accepted are {', '.join(RULES)}, or one of the classes in fastmeta.rules")
+    raise ValueError(
+        f"rule is {rule!r}; accepted are {', '.join(RULES)}, or one of the classes in "
+        "fastmeta.rules"
+    )

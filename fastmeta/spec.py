@@ -1,8 +1,9 @@
 """What a coordinate network is: frozen specifications without weights.
 
-``y = h_L + shift``, ``h_l = φ(W_l h_{l-1} + b_l)``, ``h_0 = encode(x)``. One specification stands for any number of
-weight sets: parameters are flat rows [T,P], layer by layer, weight [out,in] row-major and then bias [out], the order
-in which ``torch.nn.utils.parameters_to_vector`` flattens a stack of ``nn.Linear``.
+``y = h_L + shift``, ``h_l = φ(W_l h_{l-1} + b_l)``, ``h_0 = encode(x)``. One specification stands
+for any number of weight sets: parameters are flat rows [T,P], layer by layer, weight [out,in]
+row-major and then bias [out], the order in which ``torch.nn.utils.parameters_to_vector`` flattens a
+stack of ``nn.Linear``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The lists every worker expands. Sine is sin(w0 z); gelu is the exact one (erf); none is the identity.
+# The lists every worker expands. Sine is sin(w0 z); gelu is the exact one (erf); none is the
+# identity.
 ACTIVATIONS = ("relu", "sine", "tanh", "sigmoid", "softplus", "gelu", "silu", "none")
 OUTPUTS = ("linear", "relu", "tanh", "sigmoid", "softplus")
 
-# Coordinate conventions (n samples along an axis, i = 0..n-1). They travel with the weights: with w0 = 200 another
-# convention is another model.
+# Coordinate conventions (n samples along an axis, i = 0..n-1). They travel with the weights: with
+# w0 = 200 another convention is another model.
 COORDS = {
     "unit": "i/n in [0,1), row first: the paper's images",
     "unit_xy": "i/n in [0,1), column first: the paper's CT",
@@ -50,7 +52,9 @@ class Encoding:
         for name in ("B", "phi"):
             value = torch.as_tensor(getattr(self, name)).detach().to("cpu", torch.float32)
             if not torch.isfinite(value).all():
-                raise ValueError(f"Encoding: {name} holds NaN or infinity; every entry must be finite")
+                raise ValueError(
+                    f"Encoding: {name} holds NaN or infinity; every entry must be finite"
+                )
             object.__setattr__(self, name, value.contiguous().clone())
         if self.B.dim() != 2 or 0 in self.B.shape or self.phi.shape != self.B.shape[1:]:
             raise ValueError(
@@ -109,7 +113,10 @@ class Encoding:
         The paper's ShapeNet network is ``frequencies(3, 20, 8.0)``.
         """
         if count < 1 or base <= 0:
-            raise ValueError(f"Encoding.frequencies: count is {count}, base {base}; accepted are count >= 1, base > 0")
+            raise ValueError(
+                f"Encoding.frequencies: count is {count}, base {base}; accepted are count >= "
+                "1, base > 0"
+            )
         f = base ** np.linspace(0.0, max_exponent, count) * (math.pi if pi else 1.0)
         eye = torch.eye(in_features, dtype=torch.float64)
         B = torch.cat([torch.cat([eye * fi, eye * fi], 1) for fi in f], 1)  # [D,2·D·count]
@@ -120,15 +127,18 @@ class Encoding:
 class MLP:
     """A multi-layer perceptron over coordinates; hashable, without weights.
 
-    ``y = out(W_L h_{L-1} + b_L) + output_shift``, ``h_l = φ(W_l h_{l-1} + b_l)``, ``h_0 = encode(x)``; a sine layer is
-    ``sin(w0 (W h + b))``: w0 multiplies the bias too, and the last layer has none.
+    ``y = out(W_L h_{L-1} + b_L) + output_shift``, ``h_l = φ(W_l h_{l-1} + b_l)``, ``h_0 =
+    encode(x)``; a sine layer is ``sin(w0 (W h + b))``: w0 multiplies the bias too, and the last
+    layer has none.
 
     Args:
         in_features, out_features: D and C.
         width: H, neurons in every hidden layer.
-        depth: L, the number of linear layers, encoding excluded: "2-256×4-3" has depth 5. At least 2.
+        depth: L, the number of linear layers, encoding excluded: "2-256×4-3" has depth 5. At least
+            2.
         activation: one of ``ACTIVATIONS``.
-        w0, w0_first: sine frequency of the hidden layers and of the first one (None: the same). Sine only.
+        w0, w0_first: sine frequency of the hidden layers and of the first one (None: the same).
+            Sine only.
         encoding: an ``Encoding`` in front of the first layer, or None.
         output: one of ``OUTPUTS``.
         output_shift: added to y after the output activation.
@@ -154,21 +164,33 @@ class MLP:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"MLP: {name} is {value!r}; accepted is an integer >= {low}")
-        for name, accepted in (("activation", ACTIVATIONS), ("output", OUTPUTS), ("coords", tuple(COORDS))):
+        for name, accepted in (
+            ("activation", ACTIVATIONS),
+            ("output", OUTPUTS),
+            ("coords", tuple(COORDS)),
+        ):
             if getattr(self, name) not in accepted:
-                raise ValueError(f"MLP: {name} is {getattr(self, name)!r}; accepted are {', '.join(accepted)}")
+                raise ValueError(
+                    f"MLP: {name} is {getattr(self, name)!r}; accepted are {', '.join(accepted)}"
+                )
         if self.w0_first is None:
             object.__setattr__(self, "w0_first", self.w0)
         for name in ("w0", "w0_first", "output_shift"):
             value = float(getattr(self, name))
             if not math.isfinite(value) or (name != "output_shift" and value <= 0):
-                raise ValueError(f"MLP: {name} is {value}; accepted is a finite number, w0 and w0_first above 0")
+                raise ValueError(
+                    f"MLP: {name} is {value}; accepted is a finite number, w0 and w0_first above 0"
+                )
             object.__setattr__(self, name, value)
         if self.activation != "sine" and (self.w0, self.w0_first) != (1.0, 1.0):
-            raise ValueError(f"MLP: w0 is {self.w0} with activation {self.activation!r}; w0 belongs to sine layers only")
+            raise ValueError(
+                f"MLP: w0 is {self.w0} with activation {self.activation!r}; w0 belongs to "
+                "sine layers only"
+            )
         if self.encoding is not None and self.encoding.in_features != self.in_features:
             raise ValueError(
-                f"MLP: the encoding takes {self.encoding.in_features} coordinates, in_features is {self.in_features}"
+                f"MLP: the encoding takes {self.encoding.in_features} coordinates, "
+                f"in_features is {self.in_features}"
             )
 
     @property
@@ -196,7 +218,8 @@ class MLP:
     def init(self, tasks: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
         """Random starting weights [T,P], float32, on the generator's device; every task its own.
 
-        Sine: first layer U(±1/in), every other and the last U(±√(6/in)/w0). Otherwise: a normal of std 1/√in,
+        Sine: first layer U(±1/in), every other and the last U(±√(6/in)/w0). Otherwise: a normal of
+            std 1/√in,
         truncated at ±2 std (no variance correction; haiku's default). Biases are 0.
         Row t depends on the generator's state and t only, not on how many tasks are drawn with it.
 
@@ -205,22 +228,30 @@ class MLP:
         if tasks < 1:
             raise ValueError(f"MLP.init: tasks is {tasks}; accepted is an integer >= 1")
         device = "cpu" if generator is None else generator.device
-        u = torch.rand(tasks, self.num_params, generator=generator, device=device, dtype=torch.float64)
+        u = torch.rand(
+            tasks, self.num_params, generator=generator, device=device, dtype=torch.float64
+        )
         for index, (weight, bias) in enumerate(self.layers(u)):
             fan_in = weight.shape[-1]
             if self.activation == "sine":
                 bound = 1.0 / fan_in if index == 0 else math.sqrt(6.0 / fan_in) / self.w0
                 weight.mul_(2.0).sub_(1.0).mul_(bound)
             else:
-                edge = math.erf(math.sqrt(2.0))  # uniform in (Φ(-2), Φ(2)), through the inverse normal distribution
+                edge = math.erf(
+                    math.sqrt(2.0)
+                )  # uniform in (Φ(-2), Φ(2)), through the inverse normal distribution
                 weight.mul_(2.0).sub_(1.0).mul_(edge).erfinv_().mul_(math.sqrt(2.0 / fan_in))
             bias.zero_()
         return u.float()
 
     def layers(self, params: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Views of flat parameters: [T,P] -> [(weight [T,out,in], bias [T,out]), ...]; [P] gives no T axis."""
+        """Views of flat parameters: [T,P] -> [(weight [T,out,in], bias [T,out]), ...]; [P] gives no
+        T axis."""
         if params.shape[-1] != self.num_params:
-            raise ValueError(f"params has {params.shape[-1]} columns, the network has {self.num_params} parameters")
+            raise ValueError(
+                f"params has {params.shape[-1]} columns, the network has {self.num_params} "
+                "parameters"
+            )
         views, at, lead = [], 0, params.shape[:-1]
         for i, o in self.sizes:
             weight = params[..., at : at + i * o].unflatten(-1, (o, i))
@@ -240,12 +271,15 @@ def siren(
     w0_first: float | None = None,
     output_shift: float = 0.0,
 ) -> MLP:
-    """A sine network, hidden layers ``sin(w0 (Wh + b))``, last layer linear (+ output_shift), coordinates in [0,1).
+    """A sine network, hidden layers ``sin(w0 (Wh + b))``, last layer linear (+ output_shift),
+    coordinates in [0,1).
 
     The paper's image network is ``siren(2, 3, width=256, depth=5, w0=200.0, output_shift=0.5)``.
     Source: Sitzmann et al. 2020; Tancik et al. 2021.
     """
-    return MLP(in_features, out_features, width, depth, "sine", w0, w0_first, output_shift=output_shift)
+    return MLP(
+        in_features, out_features, width, depth, "sine", w0, w0_first, output_shift=output_shift
+    )
 
 
 def fourier_mlp(
@@ -257,20 +291,34 @@ def fourier_mlp(
     scale: float = 30.0,
     seed: int = 0,
 ) -> MLP:
-    """ReLU layers on fixed Gaussian features, sigmoid output: the paper's CT network is ``fourier_mlp(2, 1)``.
+    """ReLU layers on fixed Gaussian features, sigmoid output: the paper's CT network is
+    ``fourier_mlp(2, 1)``.
 
-    ``h_0 = [sin(xB), cos(xB)]``, ``B ~ scale·N(0,1)`` [D,features]; seed 0 is the matrix of the authors' weights.
-    Coordinates in [0,1), x first. Source: Tancik et al. 2020; Tancik et al. 2021, CT notebook.
+    ``h_0 = [sin(xB), cos(xB)]``, ``B ~ scale·N(0,1)`` [D,features]; seed 0 is the matrix of the
+    authors' weights. Coordinates in [0,1), x first. Source: Tancik et al. 2020; Tancik et al. 2021,
+    CT notebook.
     """
     encoding = Encoding.gaussian(in_features, features, scale, seed)
-    return MLP(in_features, out_features, width, depth, encoding=encoding, output="sigmoid", coords="unit_xy")
+    return MLP(
+        in_features,
+        out_features,
+        width,
+        depth,
+        encoding=encoding,
+        output="sigmoid",
+        coords="unit_xy",
+    )
 
 
-def nerf_mlp(width: int = 256, depth: int = 6, frequencies: int = 20, max_exponent: float = 8.0) -> MLP:
-    """A simple radiance field: xyz -> 4 raw outputs (rgb, density), without view direction, in world coordinates.
+def nerf_mlp(
+    width: int = 256, depth: int = 6, frequencies: int = 20, max_exponent: float = 8.0
+) -> MLP:
+    """A simple radiance field: xyz -> 4 raw outputs (rgb, density), without view direction, in
+    world coordinates.
 
-    Frequencies ``2^linspace(0, max_exponent, frequencies)``, no π, xyz itself not included: E = 120 by default.
-    ``composite`` applies the sigmoid and the density. Source: Tancik et al. 2021, ShapeNet notebook.
+    Frequencies ``2^linspace(0, max_exponent, frequencies)``, no π, xyz itself not included: E = 120
+    by default. ``composite`` applies the sigmoid and the density. Source: Tancik et al. 2021,
+    ShapeNet notebook.
     """
     encoding = Encoding.frequencies(3, frequencies, max_exponent)
     return MLP(3, 4, width, depth, encoding=encoding, coords="world")
@@ -282,10 +330,12 @@ def _phases(block: int, count: int) -> Tensor:
 
 
 def _jax_normal(seed: int, size: int) -> np.ndarray:
-    """``jax.random.normal(jax.random.PRNGKey(seed), (size,))`` with jax_threefry_partitionable=False, [size] float64.
+    """``jax.random.normal(jax.random.PRNGKey(seed), (size,))`` with
+    jax_threefry_partitionable=False, [size] float64.
 
-    Threefry-2x32 (Salmon et al. 2011) over a counter split in halves; uniform from the top 23 bits; √2 erfinv(u).
-    JAX evaluates erfinv as a float32 polynomial, so entries agree to a few float32 units in the last place.
+    Threefry-2x32 (Salmon et al. 2011) over a counter split in halves; uniform from the top 23 bits;
+    √2 erfinv(u). JAX evaluates erfinv as a float32 polynomial, so entries agree to a few float32
+    units in the last place.
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; accepted is an integer from 0 to 2**63 - 1")
@@ -310,6 +360,8 @@ def _jax_normal(seed: int, size: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def encoding_tensors(encoding: Encoding, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def encoding_tensors(
+    encoding: Encoding, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """(B, φ) on a device, in a dtype; cached, never to be written to."""
     return encoding.B.to(device, dtype), encoding.phi.to(device, dtype)

@@ -1,8 +1,9 @@
 """Meta-training on images: configuration, loop, validation, logs, checkpoints, resumption.
 
-Everything random is a function of (seed, outer step): the order of images, the points of an inner step, the start.
-A run's whole state is therefore weights, optimiser moments and the step; it is written to ``last.safetensors`` beside
-its final name and renamed, and a run that was killed ends bit for bit where it would have ended.
+Everything random is a function of (seed, outer step): the order of images, the points of an inner
+step, the start. A run's whole state is therefore weights, optimiser moments and the step; it is
+written to ``last.safetensors`` beside its final name and renamed, and a run that was killed ends
+bit for bit where it would have ended (on the same machine, with the same threads).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,15 +37,17 @@ from .spec import MLP, fourier_mlp, siren
 from .tasks import text
 from .tasks.images import ImageSet, batches, image_batch, open_splits
 
-LAST, BEST, CONFIG, LOG, TABLE = "last.safetensors", "best.safetensors", "config.json", "log.jsonl", "log.csv"
+LAST, BEST, CONFIG = "last.safetensors", "best.safetensors", "config.json"
+LOG, TABLE = "log.jsonl", "log.csv"
 COLUMNS = ("step", "loss", "psnr", "grad_norm", "seconds", "val_psnr")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # torch.optim.Adam's state
 # What may differ between a run and its resumption; anything else would be another run.
-_MAY_CHANGE = ("out", "iterations", "resume", "device", "threads", "impl", "save_every", "log_every")
+_MAY_CHANGE = ("iterations", "device", "threads", "impl", "save_every", "log_every")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A meta-training run on images. The defaults suit 64 × 64 images on a CPU; the paper's are named in the README."""
+    """A meta-training run on images. The defaults suit 64 × 64 images on a CPU."""
 
     data: str
     """a folder of images, an .npz or .npy file, or "text" (strings rendered by fastmeta)"""
@@ -84,7 +87,8 @@ class Config:
     test: float = 0.1
     """share held out for `fastmeta eval`"""
     group: str | None = None
-    """regular expression with one group, matched on file names: images with the same match stay in one part"""
+    """regular expression with one group, searched for in file names: images with the same match
+    stay in one part"""
     validate_every: int = 100
     validate_images: int = 16
     save_every: int = 100
@@ -103,20 +107,29 @@ class Config:
     """continue the run in --out; options not given are the run's own"""
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "inner_steps", "size", "validate_every", "validate_images", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train: {name} is {getattr(self, name)}; accepted is an integer >= 1")
-        if self.iterations < 0 or self.lr <= 0 or (self.clip is not None and self.clip <= 0):
-            raise ValueError(
-                f"train: iterations is {self.iterations}, lr {self.lr}, clip {self.clip}; "
-                "accepted are iterations >= 0, lr > 0, clip > 0"
-            )
+        counts = ("tasks", "inner_steps", "size", "features", "per_step", "validate_every")
+        counts += ("validate_images", "save_every", "log_every")
+        at_least("train", self, 1, *counts)
+        at_least("train", self, 0, "iterations", "seed")
+        if not self.lr > 0 or (self.clip is not None and not self.clip > 0):
+            came = f"lr is {self.lr}, clip {self.clip}"
+            raise ValueError(f"train: {came}; accepted are lr > 0, clip > 0 or none")
+
+
+def at_least(op: str, options: object, least: int, *names: str) -> None:
+    """Raise unless each of these options is None or an integer in [least, 2⁶²)."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not (isinstance(value, int) and least <= value < 2**62):
+            raise ValueError(f"{op}: {name} is {value!r}; accepted is an integer >= {least}")
 
 
 def network(config: Config) -> MLP:
     """The network a configuration names."""
     if config.network == "fourier":
-        return fourier_mlp(2, config.channels, config.width, config.depth, config.features, config.scale)
+        return fourier_mlp(
+            2, config.channels, config.width, config.depth, config.features, config.scale
+        )
     return siren(2, config.channels, config.width, config.depth, config.w0, output_shift=0.5)
 
 
@@ -137,16 +150,33 @@ def open_data(config: Config) -> tuple[ImageSet, ImageSet, ImageSet]:
     )
 
 
-def device(name: str) -> torch.device:
-    """The device a name stands for; "auto": cuda where there is one, else cpu."""
-    if name == "auto":
+def place(device: str, threads: int | None) -> torch.device:
+    """The device a name stands for ("auto": cuda where there is one), and torch's threads set."""
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads is {threads}; accepted is an integer >= 1")
+        torch.set_num_threads(threads)
+    if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accepted = "accepted are auto, cpu, cuda, cuda:1, ..."
     try:
-        chosen = torch.device(name)
+        chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda"):
+            raise ValueError(f"device is {device!r}; {accepted}")
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}; accepted are auto, cpu, cuda") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {device!r} ({reason}); {accepted}") from None
     return chosen
+
+
+def make_folder(path: Path) -> None:
+    """A folder for results, with its parents; OSError in one line where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        came = f"{path}: the output folder cannot be made ({error.strerror})"
+        raise OSError(f"{came}; accepted is a folder that can be written to") from None
 
 
 def first(images: ImageSet, count: int, net: MLP, where: torch.device) -> Batch:
@@ -169,50 +199,55 @@ class _Run:
 def train(config: Config) -> Path:
     """Meta-train a start; returns the path of the best checkpoint.
 
-    Each outer step draws ``tasks`` images, adapts to each for ``inner_steps`` steps and hands the (pseudo-)gradient to
-    Adam. ``last.safetensors`` holds the whole state, ``best.safetensors`` the start with the best validation PSNR
-    after ``inner_steps`` steps. An interrupt (Ctrl-C, SIGTERM) finishes the step, saves, and raises KeyboardInterrupt.
+    Each outer step draws ``tasks`` images, adapts to each for ``inner_steps`` steps and hands the
+    (pseudo-)gradient to Adam. ``last.safetensors`` holds the whole state, ``best.safetensors`` the
+    start with the best validation PSNR after ``inner_steps`` steps. An interrupt (Ctrl-C, SIGTERM)
+    finishes the step, saves, and raises KeyboardInterrupt.
 
     Raises:
-        ValueError, OSError: bad data, options or output folder. FloatingPointError: the loss is not finite; nothing
-        already saved is touched.
+        ValueError, OSError: bad data, options or output folder. FloatingPointError: the loss is not
+            finite; nothing already saved is touched.
 
     Source: Tancik et al. 2021, section 3.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    where = device(config.device)
+    where = place(config.device, config.threads)
     net = network(config)
-    _prepare_folder(config)
-    run = _restore(config, net, where)
+    _check_folder(config)
     training, validation, _ = open_data(config)
     if len(training) == 0 or len(validation) == 0:
-        raise ValueError(f"train: {len(training)} images to learn from, {len(validation)} to validate; both need one")
+        came = f"{len(training)} images to learn from, {len(validation)} to validate"
+        raise ValueError(f"train: {came}; accepted is at least one of each")
     checks = first(validation, config.validate_images, net, where)
-    with _interrupts() as interrupted, _board(config) as board:
-        feed = batches(training, tasks=config.tasks, seed=config.seed, start=run.step, stop=config.iterations)
+    run = _restore(config, net, where)
+    _write_folder(config, run)
+    feed = batches(
+        training, tasks=config.tasks, seed=config.seed, start=run.step, stop=config.iterations
+    )
+    with closing(feed), _interrupts() as interrupted, _board(config, run) as board:
         for step, pixels, _ in _bar(config, feed, run):
             started = time.perf_counter()
             row = _outer_step(config, run, net, pixels.to(where), step)
             row["seconds"] = round(time.perf_counter() - started, 4)
             run.step = step + 1
             done = run.step == config.iterations
-            if run.step % config.validate_every == 0 or done:
+            validated = run.step % config.validate_every == 0 or done
+            if validated:
                 row["val_psnr"] = _validate(config, run, checks)
-            if row["val_psnr"] is not None or run.step % config.log_every == 0 or done:
-                _log(config, row, board)
-                run.rows.append(row)
-            if row["val_psnr"] is not None and row["val_psnr"] > run.best:
+            if validated or run.step % config.log_every == 0:
+                _log(config, run, row, board)
+            if validated and row["val_psnr"] > run.best:
                 run.best = row["val_psnr"]
                 _save(config.out / BEST, config, run)
             if run.step % config.save_every == 0 or done or interrupted.is_set():
                 _save(config.out / LAST, config, run)
-            if interrupted.is_set():
-                raise KeyboardInterrupt(f"stopped after outer step {run.step}; --resume continues it")
-    if not (config.out / LAST).exists():
-        _save(config.out / LAST, config, run)
-    if not (config.out / BEST).exists():
-        _save(config.out / BEST, config, run)
+            if interrupted.is_set() and not done:
+                raise KeyboardInterrupt(
+                    f"saved after outer step {run.step} of {config.iterations}; "
+                    f"fastmeta train images --resume --out {config.out} continues it"
+                )
+    for name in (LAST, BEST):  # no step was taken, or no validation was finite
+        if not (config.out / name).exists():
+            _save(config.out / name, config, run)
     return config.out / BEST
 
 
@@ -225,19 +260,21 @@ def _outer_step(config: Config, run: _Run, net: MLP, pixels: Tensor, step: int) 
     loss = run.learner(batch)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.learner.parameters(), math.inf if config.clip is None else config.clip)
-    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+    largest = math.inf if config.clip is None else config.clip
+    norm = nn.utils.clip_grad_norm_(run.learner.parameters(), largest).item()
+    value = loss.item()
+    if not (math.isfinite(value) and math.isfinite(norm)):
         raise FloatingPointError(
-            f"train: the loss is {loss.item():g} and its gradient's norm {norm.item():g} at outer step {step}; "
-            f"a smaller inner_lr ({config.inner_lr:g}) or lr ({config.lr:g}) may help; saved checkpoints are untouched"
+            f"train: at outer step {step + 1} the loss is {value:g} and its gradient's norm "
+            f"{norm:g}; accepted are finite ones: a smaller inner_lr ({config.inner_lr:g}) or lr "
+            f"({config.lr:g}) may help; saved checkpoints are untouched"
         )
     run.optimizer.step()
-    value = loss.item()
     return {
         "step": step + 1,
         "loss": value,
         "psnr": round(-10 * math.log10(max(value, 1e-30)), 4),
-        "grad_norm": norm.item(),
+        "grad_norm": norm,
         "seconds": 0.0,
         "val_psnr": None,
     }
@@ -248,16 +285,15 @@ def _validate(config: Config, run: _Run, checks: Batch) -> float:
     learner = run.learner
     rate = learner.inner_lr.detach() if isinstance(learner.inner_lr, Tensor) else learner.inner_lr
     start = Start(learner.init.detach(), rate, learner.rule)
-    scores = []
-    for i in range(0, checks.tasks, 4):
-        part = checks.take(slice(i, i + 4))
-        scores.append(
-            curve(learner.net, start, part, config.inner_steps, impl=config.impl, precision=config.precision)[0]
-        )
+    how = {"impl": config.impl, "precision": config.precision}
+    scores = [
+        curve(learner.net, start, checks.take(slice(i, i + 4)), config.inner_steps, **how)[0]
+        for i in range(0, checks.tasks, 4)
+    ]
     return round(float(torch.cat(scores)[:, -1].mean()), 4)
 
 
-# State on disk --------------------------------------------------------------------------------------------------------
+# State on disk
 
 
 def saved_config(folder: Path) -> Config:
@@ -271,33 +307,49 @@ def saved_config(folder: Path) -> Config:
             raise ValueError(f"unknown options {', '.join(unknown)}")
         return Config(**{**stored, "out": folder, "resume": False})
     except FileNotFoundError:
-        raise FileNotFoundError(f"{folder}: no {CONFIG} there; accepted is the folder of a training run") from None
-    except (ValueError, TypeError) as error:
+        came = f"{folder}: no {CONFIG} there"
+        raise FileNotFoundError(f"{came}; accepted is the folder of a training run") from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the configuration of a run: {error}") from None
 
 
 def _as_json(config: Config) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
-    return {k: str(v) if isinstance(v, Path) else v for k, v in plain.items() if k not in ("out", "resume")}
+    return {k: v for k, v in plain.items() if k not in ("out", "resume")}
 
 
-def _prepare_folder(config: Config) -> None:
-    """Make the run's folder and write its configuration; refuse to run over another run."""
+def _check_folder(config: Config) -> None:
+    """Refuse to run over another run, and to resume one that is not there or was another.
+
+    A run is there once it has a checkpoint: what was killed before may be begun again.
+    """
     out = config.out
-    held = (out / CONFIG).exists() or (out / LAST).exists()
-    if held and not config.resume:
-        raise ValueError(f"{out}: holds a run already; accepted are --resume, or a folder of its own with --out")
-    if config.resume:
-        if not held:
-            raise FileNotFoundError(f"{out}: --resume needs a run there, and there is none")
-        before, now = _as_json(saved_config(out)), _as_json(config)
-        changed = [k for k in now if k not in _MAY_CHANGE and now[k] != before.get(k)]
-        if changed:
-            came = ", ".join(f"{k} {before.get(k)} -> {now[k]}" for k in changed)
-            raise ValueError(f"{out}: --resume with other options ({came}); accepted to change: {', '.join(_MAY_CHANGE)}")
-    out.mkdir(parents=True, exist_ok=True)
-    text_ = json.dumps(_as_json(config), indent=1)
-    atomic_write(out / CONFIG, lambda path: path.write_text(text_ + "\n"))
+    if not config.resume:
+        if (out / LAST).exists() or (out / BEST).exists():
+            accepted = "accepted are --resume, or a folder of its own with --out"
+            raise ValueError(f"{out}: holds a run already; {accepted}")
+        return
+    before, now = _as_json(saved_config(out)), _as_json(config)
+    changed = [k for k in now if k not in _MAY_CHANGE and now[k] != before[k]]
+    if changed:
+        came = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in changed)
+        accepted = f"accepted to change: {', '.join(_MAY_CHANGE)}"
+        raise ValueError(f"{out}: --resume with other options ({came}); {accepted}")
+
+
+def _write_folder(config: Config, run: _Run) -> None:
+    """The run's folder, its configuration, and both logs from the rows up to the checkpoint: what
+    came after it will come again."""
+    make_folder(config.out)
+    stored = json.dumps(_as_json(config), indent=1) + "\n"
+    lines = "".join(json.dumps(row) + "\n" for row in run.rows)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(run.rows)
+    atomic_write(config.out / CONFIG, lambda path: path.write_text(stored))
+    atomic_write(config.out / LOG, lambda path: path.write_text(lines))
+    atomic_write(config.out / TABLE, lambda path: path.write_text(table.getvalue(), newline=""))
 
 
 def _restore(config: Config, net: MLP, where: torch.device) -> _Run:
@@ -311,13 +363,12 @@ def _restore(config: Config, net: MLP, where: torch.device) -> _Run:
     run = _Run(learner, torch.optim.Adam(learner.parameters(), lr=config.lr))
     if config.resume and (config.out / LAST).exists():
         _load(config.out / LAST, config, run)
-    _rewrite_logs(config, run)
     return run
 
 
 def _save(path: Path, config: Config, run: _Run) -> None:
     """Weights, learned rates, Adam's moments and the step, in one file."""
-    extra = {f"{n}": p for n, p in run.learner.named_parameters() if n != "init"}
+    extra = {n: p for n, p in run.learner.named_parameters() if n != "init"}
     for name, parameter in run.learner.named_parameters():
         for key, value in run.optimizer.state.get(parameter, {}).items():
             extra[f"adam.{name}.{key}"] = torch.as_tensor(value)
@@ -326,73 +377,82 @@ def _save(path: Path, config: Config, run: _Run) -> None:
 
 
 def _load(path: Path, config: Config, run: _Run) -> None:
+    """What ``_save`` wrote, into the run."""
     net, init, extra, meta = load_start(path)
     if net != run.learner.net:
         raise ValueError(f"{path}: holds {net}; accepted is the run's {run.learner.net}")
     stored = {"init": init, **extra}
-    with torch.no_grad():
+    try:
+        run.step, run.best = int(meta["step"]), float(meta["best"])
         for name, parameter in run.learner.named_parameters():
-            parameter.copy_(stored[name])
-            state = {k.rsplit(".", 1)[1]: v for k, v in extra.items() if k.startswith(f"adam.{name}.")}
-            if state:
+            parameter.data.copy_(stored[name])
+            if run.step:
+                moments = {k: stored[f"adam.{name}.{k}"] for k in _MOMENTS}
                 run.optimizer.state[parameter] = {
-                    k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+                    k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()
                 }
-    run.step, run.best = int(meta["step"]), float(meta["best"])
+    except KeyError as error:
+        raise ValueError(f"{path}: has no {error}; accepted is a checkpoint of this run") from None
     if run.step > config.iterations:
-        raise ValueError(f"{path}: is at step {run.step}; accepted are iterations beyond it, not {config.iterations}")
+        came = f"{path}: is at outer step {run.step}, iterations is {config.iterations}"
+        raise ValueError(f"{came}; accepted are {run.step} and more")
     run.rows = [row for row in _read_log(config.out / LOG) if row["step"] <= run.step]
 
 
 def _read_log(path: Path) -> list[dict]:
     """Rows of a log; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    rows: list[dict] = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
     return rows
 
 
-def _rewrite_logs(config: Config, run: _Run) -> None:
-    """Both logs from the rows up to the checkpoint: what came after it will come again."""
-    lines = "".join(json.dumps(row) + "\n" for row in run.rows)
+def _log(config: Config, run: _Run, row: dict[str, Any], board: Any) -> None:
+    """One row more in both logs, TensorBoard, and where no bar can be shown on standard output."""
+    run.rows.append(row)
     table = io.StringIO()
-    csv.DictWriter(table, COLUMNS).writeheader()
-    csv.DictWriter(table, COLUMNS).writerows(run.rows)
-    atomic_write(config.out / LOG, lambda path: path.write_text(lines))
-    atomic_write(config.out / TABLE, lambda path: path.write_text(table.getvalue(), newline=""))
-
-
-def _log(config: Config, row: dict[str, Any], board: Any) -> None:
-    with open(config.out / LOG, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    with open(config.out / TABLE, "a", newline="") as file:
-        csv.DictWriter(file, COLUMNS).writerow(row)
+    csv.DictWriter(table, COLUMNS).writerow(row)
+    for name, line in ((LOG, json.dumps(row) + "\n"), (TABLE, table.getvalue())):
+        try:
+            with open(config.out / name, "a", newline="") as file:
+                file.write(line)
+        except OSError as error:
+            came = f"{config.out / name}: could not be written ({error.strerror})"
+            raise OSError(f"{came}; saved checkpoints are untouched") from error
     if board is not None:
         for name in COLUMNS[1:]:
             if row[name] is not None:
                 board.add_scalar(name, row[name], row["step"])
+    if row["val_psnr"] is not None and not sys.stderr.isatty():
+        print(
+            f"outer step {row['step']} of {config.iterations}: loss {row['loss']:.5f}, "
+            f"PSNR {row['psnr']:.2f} dB, validation {row['val_psnr']:.2f} dB",
+            flush=True,
+        )
 
 
 @contextmanager
-def _board(config: Config) -> Iterator[Any]:
+def _board(config: Config, run: _Run) -> Iterator[Any]:
     """A TensorBoard writer where the package is installed, else None."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         yield None
         return
-    with SummaryWriter(str(config.out / "tensorboard")) as board:
+    with SummaryWriter(str(config.out / "tensorboard"), purge_step=run.step + 1) as board:
         yield board
 
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set once; a second one interrupts at once. In the main thread only."""
+    """An event that Ctrl-C and SIGTERM set once; a second one interrupts at once.
+
+    In the main thread only: elsewhere Python handles no signals.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -412,12 +472,11 @@ def _interrupts() -> Iterator[threading.Event]:
 
 
 def _bar(config: Config, feed: Iterator, run: _Run) -> Iterator:
-    """The feed under a progress bar that shows loss and PSNR."""
+    """The feed, with loss and PSNR on a bar where standard error is a terminal."""
     from tqdm import tqdm
 
-    with tqdm(
-        feed, total=config.iterations, initial=run.step, desc=config.algorithm, file=sys.stderr, mininterval=0.5
-    ) as bar:
+    shape = {"total": config.iterations, "initial": run.step, "desc": config.algorithm}
+    with tqdm(feed, file=sys.stderr, disable=None, mininterval=0.5, **shape) as bar:
         for item in bar:
             yield item
             if run.rows:

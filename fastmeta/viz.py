@@ -22,7 +22,11 @@ def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -
     axes = figure.subplots()
     for name, values in curves.items():
         mean = values.double().mean(0)
-        error = values.double().std(0, correction=1) / math.sqrt(len(values)) if len(values) > 1 else mean * 0
+        error = (
+            values.double().std(0, correction=1) / math.sqrt(len(values))
+            if len(values) > 1
+            else mean * 0
+        )
         steps = list(range(len(mean)))
         (line,) = axes.plot(steps, mean.tolist(), marker="o", markersize=3, label=name)
         low, high = (mean - error).tolist(), (mean + error).tolist()
@@ -38,7 +42,9 @@ def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -
     atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=130))
 
 
-def strip(path: Path, target: Tensor, rows: dict[str, Tensor], steps: list[int], *, least: int = 96) -> None:
+def strip(
+    path: Path, target: Tensor, rows: dict[str, Tensor], steps: list[int], *, least: int = 96
+) -> None:
     """One block per image: the target, then each start's reconstructions at some steps, with captions.
 
     Args:

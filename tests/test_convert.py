@@ -39,6 +39,11 @@ NETS = {
 every_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def weights(net: MLP, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
     """Starting weights with biases that are not zero, [P]."""
     generator = torch.Generator().manual_seed(seed)
@@ -110,14 +115,21 @@ def test_module_computes_the_network_in_float32(net):
 
 @every_net
 def test_gradients_of_the_module_are_those_of_the_network(net):
-    params = weights(net, dtype=torch.float64).requires_grad_()
-    x = torch.rand(13, net.in_features, dtype=torch.float64)
-    expected = torch.autograd.grad(plain(net, params, x).square().mean(), params)[0]
-    module = to_module(net, params)
+    """Within ten times what moving every weight by one rounding does to them (w0 = 200: 1e-12)."""
+
+    def gradient(params):
+        params = params.detach().requires_grad_()
+        return torch.autograd.grad(plain(net, params, x).square().mean(), params)[0]
+
+    params, x = weights(net, dtype=torch.float64), torch.rand(13, net.in_features).double()
+    expected = gradient(params)
+    signs = torch.randint(0, 2, params.shape).double() * 2 - 1
+    moved = gradient(params * (1 + signs * torch.finfo(torch.float64).eps)) - expected
+    module = to_module(net, params.requires_grad_())
     module(x).square().mean().backward()
     grad = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
     assert params.grad is None
-    assert (grad - expected).abs().max() <= 1e-12 * max(1.0, expected.abs().max().item())
+    assert (grad - expected).abs().max() <= 10 * moved.abs().max()
 
 
 @every_net
@@ -134,6 +146,7 @@ def test_round_trip_through_everything_a_user_does(net, tmp_path):
     assert copies[-1](torch.rand(2, net.in_features).double()).dtype == torch.float64
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @every_net
 def test_export_trace_and_func(net):
     module, x = to_module(net, weights(net)), torch.rand(5, net.in_features)
@@ -161,7 +174,7 @@ def test_state_dict_through_safetensors(net, tmp_path):
 
 def test_module_runs_in_a_process_without_fastmeta(tmp_path):
     for name, net in NETS.items():
-        module, x = to_module(net, weights(net)), torch.rand(5, net.in_features)
+        module, x = to_module(net, weights(net).double()), torch.rand(5, net.in_features).double()
         torch.save((module, x, module(x).detach()), tmp_path / f"{name}.pt")
     script = """
 import sys, torch
@@ -170,14 +183,13 @@ from pathlib import Path
 files = sorted(Path(sys.argv[1]).glob("*.pt"))
 for file in files:
     module, x, y = torch.load(file, weights_only=False)
-    assert torch.equal(module(x), y), file
-    opt = torch.optim.SGD(module.parameters(), lr=1e-4)
+    assert y.dtype == torch.float64 and (module(x) - y).abs().max() <= 1e-10, file
+    opt = torch.optim.SGD(module.parameters(), lr=1e-7)  # w0 = 200: a curvature of about 1e6
     loss = (module(x) - y - 1).square().mean()
     loss.backward()
     opt.step()
     assert (module(x) - y - 1).square().mean() < loss, file
-    assert module.double()(x.double()).dtype == torch.float64
-    torch.save(module.float(), file)
+    torch.save(module, file)
 print("ran", len(files))
 """
     done = subprocess.run(
@@ -186,7 +198,8 @@ print("ran", len(files))
     assert done.stdout.strip() == f"ran {len(NETS)}", done.stderr
     for name, net in NETS.items():  # trained over there, and back
         back, flat = from_module(torch.load(tmp_path / f"{name}.pt", weights_only=False))
-        assert back == net and not torch.equal(flat, weights(net))
+        moved = (flat - weights(net)).abs().max()
+        assert back == net and 0 < moved < 1e-4
 
 
 def test_module_trains_and_keeps_its_own_copy():

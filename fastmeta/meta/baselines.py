@@ -1,6 +1,6 @@
 """The paper's starts to compare a learned one with: standard, mean, matched, shuffled.
 
-Source: Tancik et al. 2021, section 4 (definitions as commonly re-told; the paper's code for them is not published).
+Source: Tancik et al. 2021, section 4; the paper's code for them is not published.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from ..batch import Batch
 from ..ops.adapt import adapt
 from ..rules import Rule
 from ..spec import MLP
-
-STARTS = ("standard", "mean", "matched", "shuffled")
 
 
 def standard(net: MLP, *, seed: int = 0) -> Tensor:
@@ -32,12 +30,14 @@ def mean(
     impl: str | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """``mean_t θ_K``: the mean of weights fitted to each task of the batch on its own, from one standard start, [P].
+    """``mean_t θ_K`` [P]: the mean of weights fitted to each task of the batch on its own.
 
-    From different starts the hidden neurons would not correspond, and their mean would be close to nothing.
+    All begin at one standard start: from different ones the hidden neurons would not correspond,
+    and their mean would be close to nothing.
     """
     init = standard(net, seed=seed).to(batch.y)
-    return adapt(net, init, batch, steps, lr, rule=rule, impl=impl, precision=precision).params.mean(0)
+    fitted = adapt(net, init, batch, steps, lr, rule=rule, impl=impl, precision=precision)
+    return fitted.params.mean(0)
 
 
 def matched(net: MLP, init: Tensor, *, seed: int = 0) -> Tensor:
@@ -65,5 +65,7 @@ def shuffled(net: MLP, init: Tensor, *, seed: int = 0) -> Tensor:
 def _parts(net: MLP, *params: Tensor) -> list[tuple[Tensor, ...]]:
     """The weight matrices and biases of several parameter sets, side by side."""
     return [
-        parts for layers in zip(*map(net.layers, params), strict=True) for parts in zip(*layers, strict=True)
+        parts
+        for layers in zip(*map(net.layers, params), strict=True)
+        for parts in zip(*layers, strict=True)
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from ..ops.mlp import mlp
 from ..rules import Rule
 from ..spec import MLP
 
-# What a start may be fitted with: the grid that ``tune`` searches. The paper's inner rate lies in the middle.
+# What a start may be fitted with: the grid that ``tune`` begins with, the paper's rate in the middle.
 GRID: dict[str, tuple[float, ...]] = {
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
@@ -31,7 +33,7 @@ class Start:
 
 
 class Scores(NamedTuple):
-    """psnr [n,K+1] in dB, ssim [n,K+1], and the reconstructions [K+1,m,H,W,C] of the first m images."""
+    """psnr [n,K+1] in dB, ssim [n,K+1], reconstructions [K+1,m,H,W,C] of the first m images."""
 
     psnr: Tensor
     ssim: Tensor
@@ -39,12 +41,13 @@ class Scores(NamedTuple):
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """``−10 log10 mean((a − b)²)`` in dB over the last two axes (points, channels), values in [0,1], not clipped."""
+    """``−10 log10 mean((a − b)²)`` in dB over the last two axes (points, channels); not clipped."""
     return -10 * torch.log10(((a - b) ** 2).mean((-2, -1)))
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Structural similarity of two images [H,W,C] in [0,1]: Gaussian window σ = 1.5 (Wang et al. 2004, skimage)."""
+    """Structural similarity of two images [H,W,C] in [0,1]: Gaussian window of σ = 1.5, 11 pixels
+    wide (narrower where the image is), mean over channels. Source: Wang et al. 2004; skimage."""
     from skimage.metrics import structural_similarity
 
     return float(
@@ -62,28 +65,32 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def curve(
-    net: MLP, start: Start, batch: Batch, steps: int, *, impl: str | None = None, precision: str | None = None
+    net: MLP,
+    start: Start,
+    batch: Batch,
+    steps: int,
+    *,
+    impl: str | None = None,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(PSNR [T,K+1] on the query set, predictions there [K+1,T,N,C]) after 0..K inner steps on the support set.
+    """(PSNR [T,K+1] on the query set, predictions there [K+1,T,N,C]) after 0..K inner steps.
 
-    The query set is the support set where the batch has none. Points beyond ``counts`` are not scored.
+    The inner steps see the support set; the query set is the same where the batch has none. Points
+    beyond ``counts`` are not scored.
     """
-    kept = adapt(
-        net, start.init, batch, steps, start.lr, rule=start.rule, keep=True, impl=impl, precision=precision
-    ).trajectory
-    assert kept is not None
-    seen = batch if batch.query is None else batch.query
-    assert isinstance(seen.x, Tensor)
-    x, y = seen.x, seen.y
-    valid = None
-    if seen.counts is not None:
-        valid = (torch.arange(seen.points, device=y.device) < seen.counts[:, None])[..., None]  # [T,N,1]
-        x = torch.where(valid, x, 0)
-    out = torch.stack([mlp(net, theta, x, impl=impl, precision=precision) for theta in kept])  # [K+1,T,N,C]
-    if valid is None:
+    how = {"impl": impl, "precision": precision}
+    kept = adapt(net, start.init, batch, steps, start.lr, rule=start.rule, keep=True, **how)
+    assert kept.trajectory is not None
+    scored = batch if batch.query is None else batch.query
+    assert isinstance(scored.x, Tensor)
+    x, y, counts = scored.x, scored.y, scored.counts
+    if counts is None:
+        out = torch.stack([mlp(net, theta, x, **how) for theta in kept.trajectory])  # [K+1,T,N,C]
         return psnr(out, y).T, out
-    assert seen.counts is not None
-    error = torch.where(valid, (out - y) ** 2, 0).sum((-2, -1)) / (seen.counts * y.shape[-1])
+    valid = (torch.arange(scored.points, device=y.device) < counts[:, None])[..., None]  # [T,N,1]
+    x = torch.where(valid, x, 0)  # padding may hold anything
+    out = torch.stack([mlp(net, theta, x, **how) for theta in kept.trajectory])
+    error = torch.where(valid, (out - y) ** 2, 0).sum((-2, -1)) / (counts * y.shape[-1])  # [K+1,T]
     return -10 * torch.log10(error).T, out
 
 
@@ -117,13 +124,23 @@ def evaluate(
         scores, out = curve(net, start, part, steps, impl=impl, precision=precision)
         quality.append(scores)
         images, truth = out.unflatten(2, size), part.y.unflatten(1, size)
-        similarity.append([[ssim(image[t], truth[t]) for image in images] for t in range(part.tasks)])
+        similarity.append(
+            [[ssim(image[t], truth[t]) for image in images] for t in range(part.tasks)]
+        )
         kept.append(images[:, : max(0, pictures - first)])
     return Scores(
         torch.cat(quality).cpu(),
         torch.tensor([row for rows in similarity for row in rows]),
         torch.cat(kept, 1).cpu(),
     )
+
+
+class Tuned(NamedTuple):
+    """The best way found to fit a start; inside: no end of the rates tried with its rule."""
+
+    start: Start
+    psnr: float
+    inside: bool
 
 
 def tune(
@@ -133,20 +150,46 @@ def tune(
     steps: int,
     *,
     grid: dict[str, tuple[float, ...]] = GRID,
+    beyond: int = 3,
     impl: str | None = None,
     precision: str | None = None,
-) -> tuple[Start, float]:
-    """The rule and rate of the grid with the best mean PSNR after K steps on a batch of training tasks, and that PSNR.
+) -> Tuned:
+    """The rule and rate with the best mean PSNR after K steps on a batch of training tasks.
 
-    A baseline is given its best, so that a comparison with it means something.
+    A baseline is given its best, so that a comparison with it means something: where the best rate
+    of a rule lies at an end of the grid, up to ``beyond`` more are tried there, each 3 times
+    further. A fit that diverges counts as the worst.
+
+    Raises:
+        ValueError: every rate diverged.
     """
-    best: tuple[Start, float] | None = None
+    best = Tuned(Start(init, 0.0), -math.inf, False)
     for rule, rates in grid.items():
-        for lr in rates:
+
+        def score(lr: float, rule: str = rule) -> float:
             start = Start(init, lr, rule)
-            score = float(curve(net, start, batch, steps, impl=impl, precision=precision)[0][:, -1].mean())
-            if score == score and (best is None or score > best[1]):  # a diverged fit is NaN
-                best = (start, score)
-    if best is None:
-        raise ValueError("tune: every rate of the grid diverged; accepted is a grid with at least one that does not")
+            reached, _ = curve(net, start, batch, steps, impl=impl, precision=precision)
+            mean = float(reached[:, -1].mean())
+            return mean if math.isfinite(mean) else -math.inf
+
+        lr, reached, inside = _best_rate(score, rates, beyond)
+        if reached > best.psnr:
+            best = Tuned(Start(init, lr, rule), reached, inside)
+    if best.psnr == -math.inf:
+        raise ValueError("tune: every rate diverged; accepted is a grid with one that does not")
     return best
+
+
+def _best_rate(
+    score: Callable[[float], float], rates: tuple[float, ...], beyond: int
+) -> tuple[float, float, bool]:
+    """(rate, its score, whether rates on both sides of it were tried and are no better)."""
+    tried = {lr: score(lr) for lr in rates}
+    for _ in range(beyond):
+        best = max(tried, key=tried.__getitem__)
+        if min(tried) < best < max(tried):
+            break
+        further = best * 3 if best == max(tried) else best / 3
+        tried[further] = score(further)
+    best = max(tried, key=tried.__getitem__)
+    return best, tried[best], min(tried) < best < max(tried)

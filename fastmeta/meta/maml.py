@@ -15,31 +15,39 @@ from ..spec import MLP
 
 
 class MAML(nn.Module):
-    """One learned initialisation; ``forward(batch)`` is the loss after K inner steps, its backward the meta-gradient.
+    """One learned initialisation; ``forward(batch)`` is the loss after K inner steps, its backward
+    the meta-gradient.
 
-    ``loss = mean_t L_query(θ_K)``, ``θ_{k+1} = θ_k − α_k ⊙ u_k(∇L_k(θ_k))``, ``θ_0 = init`` for every task.
-    Order 2 is exact for every rule: θ_0..θ_K are stored and ``λ_k = λ_{k+1} + H_k ḡ_k`` is walked back, one
-    Hessian-vector product a step, without a double-backward graph. Order 1 (FOMAML) takes ``λ_0 = λ_K``.
+    ``loss = mean_t L_query(θ_K)``, ``θ_{k+1} = θ_k − α_k ⊙ u_k(∇L_k(θ_k))``, ``θ_0 = init`` for
+    every task.
+    Order 2 is exact for every rule: θ_0..θ_K are stored and ``λ_k = λ_{k+1} + H_k ḡ_k`` is walked
+        back, one
+    Hessian-vector product a step, without a double-backward graph. Order 1 (FOMAML) takes ``λ_0 =
+    λ_K``.
 
     Args:
         net: the network's specification.
         inner_steps: K >= 1.
-        inner_lr: α, a number or a tensor that broadcasts to [K,T,P]; learned where it is an ``nn.Parameter`` or the
-            rule is "meta_sgd" (then one rate per parameter [P], unless a tensor of another shape is given).
+        inner_lr: α, a number or a tensor that broadcasts to [K,T,P]; learned where it is an
+            ``nn.Parameter`` or the rule is "meta_sgd" (then one rate per parameter [P], unless a
+            tensor of another shape is given).
         order: 2 or 1.
         rule: "sgd", "momentum", "adam", "meta_sgd", or a frozen object of ``fastmeta.rules``.
         init: [P] to begin with; None: ``net.init()``.
-        max_memory: bytes of activations that may be held beyond the trajectory K·T·P (three times that for Adam).
+        max_memory: bytes of activations that may be held beyond the trajectory K·T·P (three times
+            that for Adam).
         impl, precision: as in ``fm.mlp``.
 
-    The query set of an outer step uses step index K of its draws. Differentiable once, in ``init`` and a learned
-    ``inner_lr``; a gradient of the meta-gradient raises.
+    The query set of an outer step uses step index K of its draws. Differentiable once, in ``init``
+    and a learned ``inner_lr``; a gradient of the meta-gradient raises.
 
     Raises:
         ValueError, TypeError: arguments or batches that do not fit.
 
     Source: Finn et al. 2017; Li et al. 2017 (Meta-SGD); Tancik et al. 2021, section 3.
     """
+
+    inner_lr: float | Tensor
 
     def __init__(
         self,
@@ -71,10 +79,14 @@ class MAML(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean over tasks of the query loss at θ_K, a scalar."""
-        rows, case = dispatch.task_case("maml", self.net, self.init, batch, self.precision, self.rule, self.order)
+        rows, case = dispatch.task_case(
+            "maml", self.net, self.init, batch, self.precision, self.rule, self.order
+        )
         rates = expand_rates("MAML", self.inner_lr, self.inner_steps, batch.tasks, rows)
         worker = dispatch.choose(case, self.impl)
-        plan = _Plan(worker, self.net, batch, rates.detach(), self.rule, self.order, self.max_memory)
+        plan = _Plan(
+            worker, self.net, batch, rates.detach(), self.rule, self.order, self.max_memory
+        )
         learned = self.inner_lr if isinstance(self.inner_lr, nn.Parameter) else None
         return _MetaLoss.apply(plan, self.init, learned)
 
@@ -90,8 +102,9 @@ def start(op: str, net: MLP, init: Tensor | None) -> nn.Parameter:
     return nn.Parameter(dispatch.parameters(op, net, init)[0].detach().clone())
 
 
-def hold_rate(module: nn.Module, inner_lr: float | Tensor) -> None:
-    """Keep α on the module: a parameter where it is learned, a buffer where it is a tensor, else a number."""
+def hold_rate(module: Any, inner_lr: float | Tensor) -> None:
+    """Keep α on the module: a parameter where it is learned, a buffer where it is a tensor, else a
+    number."""
     if isinstance(inner_lr, Tensor) and not isinstance(inner_lr, nn.Parameter):
         module.register_buffer("inner_lr", inner_lr.detach().clone())
     else:
@@ -123,7 +136,8 @@ class _MetaLoss(torch.autograd.Function):
             lr,
             rule,
             keep=second,
-            keep_state=second and (rule.name == "adam" or (want_rate and isinstance(rule, Momentum))),
+            keep_state=second
+            and (rule.name == "adam" or (want_rate and isinstance(rule, Momentum))),
             keep_updates=order == 1 and want_rate,
             max_memory=memory,
         )
@@ -168,7 +182,9 @@ class _Walk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple:
-        raise RuntimeError("MAML: a derivative of the meta-gradient was asked for; the loss is differentiable once")
+        raise RuntimeError(
+            "MAML: a derivative of the meta-gradient was asked for; the loss is differentiable once"
+        )
 
 
 class _RateGradient:
@@ -180,4 +196,8 @@ class _RateGradient:
 
     def __call__(self, k: int, part: Tensor) -> None:
         total = self.total[k] if self.per_step else self.total
-        total += part[None].sum_to_size(total.shape) if total.dim() == 3 else part.sum_to_size(total.shape)
+        total += (
+            part[None].sum_to_size(total.shape)
+            if total.dim() == 3
+            else part.sum_to_size(total.shape)
+        )

@@ -16,21 +16,26 @@ from .maml import hold_rate, start
 
 
 class Reptile(nn.Module):
-    """One learned initialisation; backward puts ``(incoming cotangent) · (θ − mean_t θ_K)`` on it and nothing else.
+    """One learned initialisation; backward puts ``(incoming cotangent) · (θ − mean_t θ_K)`` on it
+    and nothing else.
 
-    ``forward(batch)`` is ``mean_t L(θ_K)`` on the support data (draws of step index K): a number to watch, whose
-    backward is not its derivative. The pseudo-gradient goes to the outer optimiser as it is.
+    ``forward(batch)`` is ``mean_t L(θ_K)`` on the support data (draws of step index K): a number to
+    watch, whose backward is not its derivative. The pseudo-gradient goes to the outer optimiser as
+    it is.
 
     Args:
-        net, inner_steps, inner_lr, rule, init, max_memory, impl, precision: as in ``fm.MAML``; the rates are not
-            learned, so an ``nn.Parameter`` or "meta_sgd" raises.
+        net, inner_steps, inner_lr, rule, init, max_memory, impl, precision: as in ``fm.MAML``; the
+            rates are not learned, so an ``nn.Parameter`` or "meta_sgd" raises.
 
     Raises:
-        ValueError, TypeError: arguments or batches that do not fit; a batch with a query set, which Reptile has no
+        ValueError, TypeError: arguments or batches that do not fit; a batch with a query set, which
+            Reptile has no
         use for.
 
     Source: Nichol et al. 2018; Tancik et al. 2021, section 3.
     """
+
+    inner_lr: float | Tensor
 
     def __init__(
         self,
@@ -49,7 +54,9 @@ class Reptile(nn.Module):
         self.inner_steps = check_steps("Reptile", inner_steps, 1)
         self.rule = resolve(rule)
         if isinstance(inner_lr, nn.Parameter) or isinstance(self.rule, MetaSGD):
-            raise ValueError("Reptile: learned inner rates were asked for; it has no rate gradient, fm.MAML has")
+            raise ValueError(
+                "Reptile: learned inner rates were asked for; it has no rate gradient, fm.MAML has"
+            )
         self.max_memory = check_memory("Reptile", max_memory)
         self.impl, self.precision = impl, precision
         self.init = start("Reptile", net, init)
@@ -57,12 +64,18 @@ class Reptile(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean over tasks of the support loss at θ_K, a scalar."""
-        rows, case = dispatch.task_case("reptile", self.net, self.init, batch, self.precision, self.rule)
+        rows, case = dispatch.task_case(
+            "reptile", self.net, self.init, batch, self.precision, self.rule
+        )
         if batch.query is not None:
-            raise ValueError("Reptile: the batch has a query set; Reptile learns from support data alone")
+            raise ValueError(
+                "Reptile: the batch has a query set; Reptile learns from support data alone"
+            )
         rates = expand_rates("Reptile", self.inner_lr, self.inner_steps, batch.tasks, rows)
         worker = dispatch.choose(case, self.impl)
-        return _PseudoLoss.apply(worker, self.net, batch, rates.detach(), self.rule, self.max_memory, self.init)
+        return _PseudoLoss.apply(
+            worker, self.net, batch, rates.detach(), self.rule, self.max_memory, self.init
+        )
 
     def extra_repr(self) -> str:
         return f"{self.net}, inner_steps={self.inner_steps}, rule={self.rule}"
@@ -71,7 +84,14 @@ class Reptile(nn.Module):
 class _PseudoLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, worker: Any, net: MLP, batch: Batch, lr: Tensor, rule: Rule, memory: int | None, init: Tensor
+        ctx: Any,
+        worker: Any,
+        net: MLP,
+        batch: Batch,
+        lr: Tensor,
+        rule: Rule,
+        memory: int | None,
+        init: Tensor,
     ) -> Tensor:
         theta = worker.adapt(net, init[None], batch, lr, rule, max_memory=memory)[0]
         ctx.save_for_backward(init - theta.mean(0))
@@ -92,4 +112,6 @@ class _Direction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple:
-        raise RuntimeError("Reptile: a derivative of the pseudo-gradient was asked for; there is none")
+        raise RuntimeError(
+            "Reptile: a derivative of the pseudo-gradient was asked for; there is none"
+        )

@@ -1,4 +1,5 @@
-"""Task losses with their gradients and Hessian-vector products, and the inner loop: every task of a batch at once."""
+"""Task losses with their gradients and Hessian-vector products, and the inner loop: every task of a
+batch at once."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _FACES = "fm.mlp, fm.MAML and fm.Reptile"
 
 
 class Adapted(NamedTuple):
-    """What ``adapt`` returns: params θ_K [T,P], losses [K,T] with losses[k] = L(θ_k), trajectory [K+1,T,P] or None."""
+    """What ``adapt`` returns: params θ_K [T,P], losses [K,T] with losses[k] = L(θ_k), trajectory
+    [K+1,T,P] or None."""
 
     params: Tensor
     losses: Tensor
@@ -24,11 +26,18 @@ class Adapted(NamedTuple):
 
 
 def loss_grad(
-    net: MLP, params: Tensor, batch: Batch, *, step: int = 0, impl: str | None = None, precision: str | None = None
+    net: MLP,
+    params: Tensor,
+    batch: Batch,
+    *,
+    step: int = 0,
+    impl: str | None = None,
+    precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each task's loss and its gradient in the parameters.
 
-    ``L = (1/M) Σ ℓ(measure(mlp(params, encode(x))), y)``, M = valid points × channels; ``grad = ∇L``.
+    ``L = (1/M) Σ ℓ(measure(mlp(params, encode(x))), y)``, M = valid points × channels; ``grad =
+    ∇L``.
 
     Args:
         net: the network's specification.
@@ -38,11 +47,12 @@ def loss_grad(
         impl, precision: as in ``mlp``.
 
     Returns:
-        loss [T], grad [T,P]: one row per task even where params are shared. No gradient flows through them; taking
-        one raises.
+        loss [T], grad [T,P]: one row per task even where params are shared. No gradient flows
+        through them; taking one raises.
 
     Raises:
-        ValueError, TypeError: data that do not fit the network, or a worker that cannot run the case.
+        ValueError, TypeError: data that do not fit the network, or a worker that cannot run the
+            case.
 
     Source: Tancik et al. 2021, section 3.
     """
@@ -71,7 +81,8 @@ def loss_hvp(
         grad [T,P], hv [T,P]. No gradient flows through them; taking one raises.
 
     Raises:
-        ValueError, TypeError: data that do not fit the network, or a worker that cannot run the case.
+        ValueError, TypeError: data that do not fit the network, or a worker that cannot run the
+            case.
 
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
@@ -97,7 +108,8 @@ def adapt(
     impl: str | None = None,
     precision: str | None = None,
 ) -> Adapted:
-    """The inner loop: K steps of an inner rule on every task, ``θ_{k+1} = θ_k − α_k ⊙ u_k(∇L_k(θ_k))``.
+    """The inner loop: K steps of an inner rule on every task, ``θ_{k+1} = θ_k − α_k ⊙
+    u_k(∇L_k(θ_k))``.
 
     Args:
         net: the network's specification.
@@ -107,15 +119,18 @@ def adapt(
         lr: α, a number or a tensor that broadcasts to [K,T,P], such as [T,1], [P] or [K,1,1].
         rule: "sgd", "momentum", "adam", "meta_sgd", or a frozen object of ``fastmeta.rules``.
         keep: also return θ_0..θ_K.
-        max_memory: bytes of activations that may be held at a time; 0: one small tile; None: a size chosen for speed.
+        max_memory: bytes of activations that may be held at a time; 0: one small tile; None: a size
+            chosen for speed.
         impl, precision: as in ``mlp``.
 
     Returns:
-        Adapted(params [T,P], losses [K,T] with losses[k] = L(θ_k) before step k, trajectory [K+1,T,P] or None).
-        No gradient flows through them; taking one raises (``fm.MAML`` is the differentiable face).
+        Adapted(params [T,P], losses [K,T] with losses[k] = L(θ_k) before step k, trajectory
+        [K+1,T,P] or None). No gradient flows through them; taking one raises (``fm.MAML`` is the
+        differentiable face).
 
     Raises:
-        ValueError, TypeError: data that do not fit the network, rates that do not broadcast, or a worker that cannot
+        ValueError, TypeError: data that do not fit the network, rates that do not broadcast, or a
+            worker that cannot
         run the case.
 
     Source: Tancik et al. 2021, section 3; Finn et al. 2017.
@@ -129,7 +144,10 @@ def adapt(
         net, rows.detach(), batch, rates.detach(), rule, keep=keep, max_memory=memory
     )
     outputs = (theta, losses) if thetas is None else (theta, losses, thetas)
-    return Adapted(*dispatch.refuse_gradient("adapt", _FACES, (params, lr), outputs), *([None] * (thetas is None)))
+    return Adapted(
+        *dispatch.refuse_gradient("adapt", _FACES, (params, lr), outputs),
+        *([None] * (thetas is None)),
+    )
 
 
 def expand_rates(op: str, lr: float | Tensor, steps: int, tasks: int, params: Tensor) -> Tensor:
@@ -140,7 +158,9 @@ def expand_rates(op: str, lr: float | Tensor, steps: int, tasks: int, params: Te
     try:
         return dispatch.tensor(op, "lr", lr).to(params.device, params.dtype).expand(full)
     except RuntimeError:
-        raise ValueError(f"{op}: lr has shape {tuple(lr.shape)}; accepted is what broadcasts to [K,T,P] = {full}") from None
+        raise ValueError(
+            f"{op}: lr has shape {tuple(lr.shape)}; accepted is what broadcasts to [K,T,P] = {full}"
+        ) from None
 
 
 def check_steps(op: str, steps: Any, least: int) -> int:
@@ -151,5 +171,7 @@ def check_steps(op: str, steps: Any, least: int) -> int:
 
 def check_memory(op: str, max_memory: Any) -> int | None:
     if max_memory is not None and (not isinstance(max_memory, int) or max_memory < 0):
-        raise ValueError(f"{op}: max_memory is {max_memory!r}; accepted are None and a number of bytes >= 0")
+        raise ValueError(
+            f"{op}: max_memory is {max_memory!r}; accepted are None and a number of bytes >= 0"
+        )
     return max_memory

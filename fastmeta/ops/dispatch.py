@@ -1,14 +1,15 @@
-"""Which worker computes a case: a worker asked for by name runs or raises; with no name, the first without objection.
+"""Which worker computes a case: a worker asked for by name runs or raises; with no name, the first
+without objection.
 
-A worker is a module (or an object with the same names) that has ``objections(case) -> list[str]`` and the passes of
-``fastmeta.reference``. It is imported when it is first considered, never before.
+A worker is a module (or an object with the same names) that has ``objections(case) -> list[str]``
+and the passes of ``fastmeta.reference``. It is imported when it is first considered, never before.
 """
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Case:
     order: int = 1  # derivatives the op is asked for
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> tuple[Any, str | None]:
     """(worker, None), or (None, the reason it cannot run here)."""
     module, attribute = WORKERS[name]
@@ -74,7 +75,9 @@ def objections(case: Case, name: str) -> list[str]:
 @lru_cache(maxsize=4096)
 def _choose(case: Case, impl: str | None) -> Any:
     if case.precision is not None and case.precision not in PRECISIONS:
-        raise ValueError(f"{case.op}: precision is {case.precision!r}; accepted are {', '.join(PRECISIONS)}")
+        raise ValueError(
+            f"{case.op}: precision is {case.precision!r}; accepted are {', '.join(PRECISIONS)}"
+        )
     if impl is not None and impl not in WORKERS:
         raise ValueError(f"{case.op}: impl is {impl!r}; accepted are {', '.join(WORKERS)}")
     refusals = []
@@ -88,7 +91,8 @@ def _choose(case: Case, impl: str | None) -> Any:
 
 
 def choose(case: Case, impl: str | None) -> Any:
-    """The worker for a case: the one named by ``impl`` or FASTMETA_IMPL, or the first without objection.
+    """The worker for a case: the one named by ``impl`` or FASTMETA_IMPL, or the first without
+    objection.
 
     Raises:
         ValueError: the named worker, or every worker, objects; the message holds all objections.
@@ -96,17 +100,21 @@ def choose(case: Case, impl: str | None) -> Any:
     return _choose(case, impl if impl is not None else env.default_impl())
 
 
-# Checks that several ops share ----------------------------------------------------------------------------------------
+# Checks that several ops share ---
 
 
-def tensor(op: str, name: str, value: Any, *, columns: int | None = None, dims: tuple[int, ...] = ()) -> Tensor:
+def tensor(
+    op: str, name: str, value: Any, *, columns: int | None = None, dims: tuple[int, ...] = ()
+) -> Tensor:
     """The value, if it is a float tensor with one of the numbers of axes and that many columns."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
         came = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{op}: {name} is {came}; accepted is a float32 or float64 tensor")
     if dims and value.dim() not in dims:
         accepted = " or ".join(str(d) for d in dims)
-        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; accepted are {accepted} axes")
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(value.shape)}; accepted are {accepted} axes"
+        )
     if columns is not None and value.shape[-1] != columns:
         raise ValueError(f"{op}: {name} has {value.shape[-1]} columns, accepted is {columns}")
     return value
@@ -131,17 +139,26 @@ def parameters(op: str, net: MLP, params: Any, tasks: int | None = None) -> Tens
     params = tensor(op, "params", params, dims=(1, 2))
     if params.shape[-1] != net.num_params:
         raise ValueError(
-            f"{op}: params has {params.shape[-1]} columns, the network has {net.num_params} parameters"
+            f"{op}: params has {params.shape[-1]} columns, the network has {net.num_params} "
+            "parameters"
         )
     if params.dim() == 1:
         return params[None]
     if params.shape[0] == 0 or (tasks is not None and params.shape[0] not in (1, tasks)):
-        raise ValueError(f"{op}: params has {params.shape[0]} rows for {tasks} tasks; accepted are [P] and [T,P]")
+        raise ValueError(
+            f"{op}: params has {params.shape[0]} rows for {tasks} tasks; accepted are [P] and [T,P]"
+        )
     return params
 
 
 def task_case(
-    op: str, net: Any, params: Any, batch: Any, precision: str | None, rule: Rule | None = None, order: int = 1
+    op: str,
+    net: Any,
+    params: Any,
+    batch: Any,
+    precision: str | None,
+    rule: Rule | None = None,
+    order: int = 1,
 ) -> tuple[Tensor, Case]:
     """Checks of the ops that take a network, parameters and a batch: (params [T or 1,P], case)."""
     net = network(op, net)
@@ -151,7 +168,10 @@ def task_case(
         if part is None:
             continue
         if part.coordinates != net.in_features:
-            raise ValueError(f"{op}: {name}.x has {part.coordinates} columns, net.in_features is {net.in_features}")
+            raise ValueError(
+                f"{op}: {name}.x has {part.coordinates} columns, net.in_features is "
+                f"{net.in_features}"
+            )
         outputs = {"none": part.y.shape[-1], "project": 1, "march": 4}[part.measure_name]
         if outputs != net.out_features:
             raise ValueError(
@@ -161,7 +181,9 @@ def task_case(
         agree(op, params=params if isinstance(params, Tensor) else part.y, **{name: part.y})
     params = parameters(op, net, params, batch.tasks)
     rule_name = None if rule is None else rule.name
-    case = Case(op, params.dtype, params.device.type, precision, net, batch.measure_name, rule_name, order)
+    case = Case(
+        op, params.dtype, params.device.type, precision, net, batch.measure_name, rule_name, order
+    )
     return params, case
 
 
@@ -179,8 +201,13 @@ class _Refuse(torch.autograd.Function):
 
 
 def refuse_gradient(op: str, faces: str, inputs: tuple, outputs: tuple) -> tuple:
-    """Outputs as they are; where an input asks for a gradient, outputs that raise if one is taken through them."""
+    """Outputs as they are; where an input asks for a gradient, outputs that raise if one is taken
+    through them."""
     anchor = next((t for t in inputs if isinstance(t, Tensor) and t.requires_grad), None)
     if anchor is None or not torch.is_grad_enabled():
         return outputs
-    return _Refuse.apply(f"{op}: no gradient flows through this op; the differentiable ones are {faces}", anchor, *outputs)
+    return _Refuse.apply(
+        f"{op}: no gradient flows through this op; the differentiable ones are {faces}",
+        anchor,
+        *outputs,
+    )

@@ -1,4 +1,5 @@
-"""``y = mlp(net, params, x)``: many small networks at many points, differentiable twice in params and x."""
+"""``y = mlp(net, params, x)``: many small networks at many points, differentiable twice in params
+and x."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from ..spec import MLP
 from . import dispatch
 
 
-def mlp(net: MLP, params: Tensor, x: Tensor, *, impl: str | None = None, precision: str | None = None) -> Tensor:
+def mlp(
+    net: MLP, params: Tensor, x: Tensor, *, impl: str | None = None, precision: str | None = None
+) -> Tensor:
     """T networks of one shape at N points each.
 
     ``y = out(W_L h_{L-1} + b_L) + shift``, ``h_l = φ(W_l h_{l-1} + b_l)``, ``h_0 = encode(x)``
@@ -20,7 +23,8 @@ def mlp(net: MLP, params: Tensor, x: Tensor, *, impl: str | None = None, precisi
         net: the network's specification.
         params: [T,P], or [P] shared by all tasks (read in place, never copied).
         x: coordinates [T,N,D], or [N,D] shared by all tasks; in ``net.coords``.
-        impl, precision: the worker and its arithmetic; None: the fastest that accepts the case, at fp32-class accuracy.
+        impl, precision: the worker and its arithmetic; None: the fastest that accepts the case, at
+            fp32-class accuracy.
 
     Returns:
         y [T,N,C]; where neither params nor x has a task axis, [N,C].
@@ -28,16 +32,20 @@ def mlp(net: MLP, params: Tensor, x: Tensor, *, impl: str | None = None, precisi
     Differentiable in params and x, twice; a third derivative raises.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a worker that cannot run the case.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a worker that cannot
+            run the case.
 
-    Source: Tancik et al. 2021 (section 3); MATH of the two passes: Pearlmutter 1994 for the dual one.
+    Source: Tancik et al. 2021 (section 3); MATH of the two passes: Pearlmutter 1994 for the dual
+        one.
     """
     net = dispatch.network("mlp", net)
     x = dispatch.tensor("mlp", "x", x, dims=(2, 3))
     if x.shape[-1] != net.in_features:
         raise ValueError(f"mlp: x has {x.shape[-1]} columns, net.in_features is {net.in_features}")
     if 0 in x.shape:
-        raise ValueError(f"mlp: x has shape {tuple(x.shape)}; accepted are [T,N,D] and [N,D], none empty")
+        raise ValueError(
+            f"mlp: x has shape {tuple(x.shape)}; accepted are [T,N,D] and [N,D], none empty"
+        )
     rows = dispatch.parameters("mlp", net, params)
     points = x if x.dim() == 3 else x[None]
     if rows.shape[0] != points.shape[0] and 1 not in (rows.shape[0], points.shape[0]):
@@ -66,7 +74,9 @@ class _MLPGrad(torch.autograd.Function):
     """(p̄, x̄) of (params, x, ȳ); its own derivative is one dual pass."""
 
     @staticmethod
-    def forward(ctx: Any, worker: Any, net: MLP, params: Tensor, x: Tensor, gy: Tensor, want_x: bool) -> tuple:
+    def forward(
+        ctx: Any, worker: Any, net: MLP, params: Tensor, x: Tensor, gy: Tensor, want_x: bool
+    ) -> tuple:
         ctx.worker, ctx.net = worker, net
         ctx.save_for_backward(params, x, gy)
         ctx.set_materialize_grads(False)
@@ -82,14 +92,24 @@ class _MLPGrad(torch.autograd.Function):
 
 
 class _MLPDual(torch.autograd.Function):
-    """(ẏ, p̄̇, x̄̇) along u in the weights and w in the coordinates: s = ⟨u,p̄⟩ + ⟨w,x̄⟩, differentiated."""
+    """(ẏ, p̄̇, x̄̇) along u in the weights and w in the coordinates: s = ⟨u,p̄⟩ + ⟨w,x̄⟩,
+    differentiated."""
 
     @staticmethod
     def forward(
-        ctx: Any, worker: Any, net: MLP, params: Tensor, x: Tensor, u: Tensor | None, w: Tensor | None, gy: Tensor
+        ctx: Any,
+        worker: Any,
+        net: MLP,
+        params: Tensor,
+        x: Tensor,
+        u: Tensor | None,
+        w: Tensor | None,
+        gy: Tensor,
     ) -> tuple:
         return worker.mlp_dual(net, params, x, u, w, gy)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple:
-        raise RuntimeError("mlp: a third derivative was asked for; it is differentiable twice in params and x")
+        raise RuntimeError(
+            "mlp: a third derivative was asked for; it is differentiable twice in params and x"
+        )

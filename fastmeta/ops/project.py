@@ -11,10 +11,13 @@ from ..batch import nearest_pixels
 from . import dispatch
 
 
-def project(image: Tensor, angles: Tensor, *, impl: str | None = None, precision: str | None = None) -> Tensor:
+def project(
+    image: Tensor, angles: Tensor, *, impl: str | None = None, precision: str | None = None
+) -> Tensor:
     """The mean of an image along parallel lines at each angle.
 
-    ``sino[a,c] = (1/W) Σ_r image[k(a,r,c)]``, k the nearest pixel of the image rotated by the angle, 0 outside.
+    ``sino[a,c] = (1/W) Σ_r image[k(a,r,c)]``, k the nearest pixel of the image rotated by the
+    angle, 0 outside.
 
     Args:
         image: [T,W,W], square.
@@ -32,11 +35,17 @@ def project(image: Tensor, angles: Tensor, *, impl: str | None = None, precision
     image = dispatch.tensor("project", "image", image, dims=(3,))
     angles = dispatch.tensor("project", "angles", angles, dims=(2,))
     if image.shape[1] != image.shape[2] or 0 in image.shape:
-        raise ValueError(f"project: image has shape {tuple(image.shape)}; accepted are square images [T,W,W]")
+        raise ValueError(
+            f"project: image has shape {tuple(image.shape)}; accepted are square images [T,W,W]"
+        )
     if angles.shape[0] != image.shape[0] or angles.shape[1] == 0:
-        raise ValueError(f"project: angles has shape {tuple(angles.shape)}; accepted is [{image.shape[0]},A]")
+        raise ValueError(
+            f"project: angles has shape {tuple(angles.shape)}; accepted is [{image.shape[0]},A]"
+        )
     if angles.requires_grad:
-        raise ValueError("project: angles asks for a gradient; the nearest-pixel operator has none in the angles")
+        raise ValueError(
+            "project: angles asks for a gradient; the nearest-pixel operator has none in the angles"
+        )
     if not bool(torch.isfinite(angles).all()):
         raise ValueError("project: angles holds NaN or infinity; accepted are finite radians")
     case = dispatch.Case("project", image.dtype, image.device.type, precision, order=2)

@@ -366,8 +366,8 @@ def _fit_deep(unit: np.ndarray, size: tuple[int, int], channels: int) -> np.ndar
         unit = unit[..., :3] * unit[..., 3:] + (1 - unit[..., 3:])
     if unit.shape[2] == 3 and channels == 1:
         unit = unit @ np.array([[0.299], [0.587], [0.114]], np.float32)
-    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(unit, 2, 0)]
-    planes = [np.asarray(_resize(plane, size)) for plane in planes]
+    sources = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(unit, 2, 0)]
+    planes = [np.asarray(_resize(source, size)) for source in sources]
     return np.clip(np.stack(planes * (channels // len(planes)), 2), 0, 1)  # Lanczos overshoots
 
 
@@ -438,11 +438,13 @@ def _groups(names: Sequence[str], group: str) -> list[str]:
         raise ValueError(f"split: group {group!r} is no regular expression ({error})") from error
     if pattern.groups != 1:
         raise ValueError(f"split: group {group!r} has {pattern.groups} groups; accepted is one ( )")
-    found = [pattern.search(name) for name in names]
-    for name, match in zip(names, found, strict=True):
+    found = []
+    for name in names:
+        match = pattern.search(name)
         if match is None or match[1] is None:
             raise ValueError(f"split: {name} does not match group {group!r}; every name must")
-    return [match[1] for match in found]
+        found.append(match[1])
+    return found
 
 
 def _by_part(images: ImageSet, places: Sequence[int | None]) -> Splits:
@@ -477,7 +479,8 @@ def open_splits(
         0.0 if len(part) else share for part, share in zip(given, (validation, test), strict=True)
     ]
     train, *drawn = split(train, validation=left[0], test=left[1], seed=seed, group=group)
-    return train, *(g if len(g) else d for g, d in zip(given, drawn, strict=True))
+    checks, held_out = (g if len(g) else d for g, d in zip(given, drawn, strict=True))
+    return train, checks, held_out
 
 
 # Batches
@@ -554,7 +557,7 @@ def image_batch(
     return Batch(**_ragged(x, y, seen), seed=seed, per_step=per_step, query=query)
 
 
-def _ragged(x: Tensor, y: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+def _ragged(x: Tensor, y: Tensor, chosen: Tensor) -> dict[str, Any]:
     """x, y and counts of the points chosen [T,N], in order, padded to the longest with zeros."""
     counts = chosen.sum(1)  # [T]
     order = (~chosen).byte().argsort(dim=1, stable=True)[:, : int(counts.max()), None]  # [T,max,1]
@@ -670,7 +673,8 @@ def _batches(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     n = len(images)
     order = lru_cache(maxsize=2)(lambda epoch: rng.permutation(seed, epoch, n).tolist())
-    pool, waiting = ThreadPoolExecutor(threads, "fastmeta-images"), deque()
+    pool = ThreadPoolExecutor(threads, "fastmeta-images")
+    waiting: deque[Any] = deque()
 
     def load(indices: list[int]) -> Tensor:
         return torch.stack([images[i] for i in indices])

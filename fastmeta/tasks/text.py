@@ -101,8 +101,10 @@ def text_splits(
     counts = (train, validation, test)
     if max(counts) > _FAR:
         raise ValueError(f"text_splits: {counts} images; accepted are at most 2**30 each")
-    parts = (text_images(n, size=size, seed=seed, first=k * _FAR) for k, n in enumerate(counts))
-    return tuple(parts)
+    learn, check, held_out = (
+        text_images(n, size=size, seed=seed, first=k * _FAR) for k, n in enumerate(counts)
+    )
+    return learn, check, held_out
 
 
 def _render(row: int, *, seed: int, first: int, size: tuple[int, int]) -> np.ndarray:
