@@ -2,116 +2,163 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import __version__, env
-from .apply import Eval, Fit, builtin, evaluate_run, fit
+from .apply import Eval, Fit, builtin, evaluate_run, fit, summary
 from .ops import dispatch
 from .rules import RULES
 from .spec import ACTIVATIONS, MLP
 from .train import CONFIG, Config, saved_config, train
 
 # What a user can mend, as opposed to a fault of ours: one line, exit code 2.
-_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    torch.OutOfMemoryError,
+)
 
 USAGE = """usage: fastmeta COMMAND [options]      fastmeta COMMAND --help for its options
 
-  train images --data DIR|text --out RUN    meta-train a start on images; --resume continues a run
+  train images --data DIR|text --out RUN    meta-train a start on images
+  train images --resume --out RUN           continue a run that was stopped
   fit RUN --data DIR [--out DIR]            fit new images from a learned start
-  eval RUN [--data DIR]                     compare a learned start with others on held-out images
+  eval RUN [--data DIR|text]                compare a learned start with others on held-out images
   info                                      which implementation runs here, and why not the others
   --version
 
-RUN is the folder of a training run, a .safetensors file, the authors' .pkl or .npz, or one of: {builtin}
+RUN is the folder of a training run, a .safetensors file, the authors' .pkl or .npz{builtin}
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input (one line says what), 130 for an interrupt."""
+    """Run the command line; returns the exit code.
+
+    0; 2 for bad input, with one line on standard error that says what came and what is accepted;
+    130 for an interrupt. Anything else is a fault of fastmeta and shows its traceback.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
     except KeyboardInterrupt as error:
-        print(
-            f"fastmeta: interrupted: {error}" if str(error) else "fastmeta: interrupted",
-            file=sys.stderr,
-        )
+        _say(f"interrupted: {error}" if str(error) else "interrupted")
         return 130
     except BrokenPipeError:
-        return 0
+        return 0 if arguments else 2
     except _USER_ERRORS as error:
         if env.debug():
             traceback.print_exc()
-        print(f"fastmeta: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
         return 2
+
+
+def _say(line: str) -> None:
+    print(f"fastmeta: {line}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command in ("", "-h", "--help"):
-        print(USAGE.format(builtin=", ".join(builtin())), end="")
-        return 0 if command else 2
+    asked = not arguments or command in ("-h", "--help")
+    if asked or (command == "train" and rest[:1] in ([], ["-h"], ["--help"])):
+        names = ", ".join(builtin())
+        print(
+            USAGE.format(builtin=names and f",\nor the name of one that comes along: {names}"),
+            end="",
+        )
+        return 0
     if command in ("-V", "--version"):
         print(f"fastmeta {__version__}")
-    elif command == "info":
+        return 0
+    if command == "info":
         print(info())
-    elif command == "train" and rest[:1] == ["images"]:
-        best = train(_options(Config, "train images", rest[1:], _resumed(rest[1:])))
-        print(f"best start: {best}")
-    elif command == "train":
-        came = rest[0] if rest else "nothing"
-        raise ValueError(
-            f"train: the kind of signal is {came}; accepted is images, as in: fastmeta train images --help"
-        )
-    elif command == "fit":
-        options = _options(Fit, "fit", rest)
-        out = fit(options)
-        print((out / "scores.csv").read_text(), end="")
-        print(f"pictures, weights (fits.safetensors) and scores.csv: {out}")
-    elif command == "eval":
-        out = evaluate_run(_options(Eval, "eval", rest))
-        print((out / "table.md").read_text())
-        print(f"table.md, table.csv, scores.json and the pictures curve.png, strip.png: {out}")
+        return 0
+    if command == "train" and rest[0] != "images":
+        accepted = "accepted is images, as in: fastmeta train images --help"
+        raise ValueError(f"train: the kind of signal is {rest[0]}; {accepted}")
+    known: dict[str, tuple[Callable[..., Any], Callable[[Any], None]]] = {
+        "train": (Config, _train),
+        "fit": (Fit, _fit),
+        "eval": (Eval, _eval),
+    }
+    if command not in known:
+        accepted = "accepted are train, fit, eval, info, --version, --help"
+        raise ValueError(f"{command}: no such command; {accepted}")
+    kind, act = known[command]
+    if command == "train":
+        options = _options(kind, "train images", rest[1:], _resumed(rest[1:]))
     else:
-        raise ValueError(
-            f"{command}: no such command; accepted are train, fit, eval, info, --version, --help"
-        )
+        options = _options(kind, command, rest)
+    if options is not None:
+        act(options)
     return 0
 
 
+def _train(options: Config) -> None:
+    print(f"best start: {train(options)}")
+
+
+def _fit(options: Fit) -> None:
+    out = fit(options)
+    print(f"{summary(out)}\npictures, fits.safetensors (weights), scores.csv: {out}")
+
+
+def _eval(options: Eval) -> None:
+    out = evaluate_run(options)
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"table.md, table.csv, scores.json, and the pictures curve.png and strip.png: {out}")
+
+
 def _options(kind: Callable[..., Any], name: str, arguments: list[str], default: Any = None) -> Any:
+    """A dataclass from the command line; None where only help was asked for."""
     import tyro
 
     if arguments and not arguments[0].startswith("-"):  # fastmeta fit RUN ...
         arguments = ["--run", *arguments]
     given = {} if default is None else {"default": default}
-    return tyro.cli(kind, prog=f"fastmeta {name}", args=arguments, **given)
+    panel = io.StringIO()
+    try:
+        with redirect_stderr(panel):
+            return tyro.cli(kind, prog=f"fastmeta {name}", args=arguments, **given)
+    except SystemExit as end:
+        if not end.code:
+            return None
+    words = [line.strip("│╭╮╰╯─|+ ") for line in panel.getvalue().splitlines()]
+    message = " ".join(word for word in words if word).split(" For full helptext")[0]
+    raise ValueError(f"{name}: {message}; accepted is what fastmeta {name} --help lists")
 
 
 def _resumed(arguments: list[str]) -> Config | None:
     """With --resume, the run's own options are the defaults."""
-    if "--resume" not in arguments:
+    out = None
+    for option, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if option == "--out":
+            out = following
+        elif option.startswith("--out="):
+            out = option.removeprefix("--out=")
+    if "--resume" not in arguments or out is None or not (Path(out) / CONFIG).exists():
         return None
-    at = [i for i, a in enumerate(arguments) if a == "--out"]
-    out = arguments[at[-1] + 1] if at and at[-1] + 1 < len(arguments) else None
-    out = next(
-        (a.removeprefix("--out=") for a in reversed(arguments) if a.startswith("--out=")), out
-    )
-    return saved_config(Path(out)) if out is not None and (Path(out) / CONFIG).exists() else None
+    return saved_config(Path(out))
 
 
-# info -----------------------------------------------------------------------------------------------------------------
+# info
 
 
 def cases() -> list[tuple[tuple[str, str, str, str], list[dispatch.Case]]]:
-    """((op, measure, rule, order), one case per activation) of everything fastmeta computes, on the CPU in float32."""
+    """((op, measure, rule, order), one case per activation) of all that fastmeta computes, in
+    float32 on this machine's device."""
     rows = []
     plan: list[tuple[str, tuple[str, ...], tuple[str | None, ...], tuple[int, ...]]] = [
         ("mlp", ("none",), (None,), (1, 2)),
@@ -125,17 +172,15 @@ def cases() -> list[tuple[tuple[str, str, str, str], list[dispatch.Case]]]:
     ]
     where = "cuda" if torch.cuda.is_available() else "cpu"
     for op, measures, rules, orders in plan:
-        for measure in measures:
-            for rule in rules:
-                for order in orders:
-                    nets: list[MLP | None] = [None]
-                    if op not in ("composite", "project"):
-                        nets = [_small(activation, measure) for activation in ACTIVATIONS]
-                    made = [
-                        dispatch.Case(op, torch.float32, where, None, n, measure, rule, order)
-                        for n in nets
-                    ]
-                    rows.append(((op, measure, rule or "", str(order)), made))
+        for measure, rule, order in itertools.product(measures, rules, orders):
+            nets: list[MLP | None] = [None]
+            if op not in ("composite", "project"):
+                nets = [_small(activation, measure) for activation in ACTIVATIONS]
+            made = [
+                dispatch.Case(op, torch.float32, where, None, net, measure, rule, order)
+                for net in nets
+            ]
+            rows.append(((op, measure, rule or "", str(order)), made))
     return rows
 
 
@@ -145,14 +190,15 @@ def _small(activation: str, measure: str) -> MLP:
 
 
 def info() -> str:
-    """Versions, workers with the reason why one cannot run, and the table op × measure × rule × order × worker.
+    """Versions, workers with the reason why one cannot run, and what each worker takes: the table
+    op × measure × rule × order × worker.
 
     A cell says for how many of the activations a worker accepts the case ("all", "6/8", "-").
     """
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     lines = [
-        f"fastmeta {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
-        f"{torch.get_num_threads()} threads, CUDA device: "
-        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
+        f"fastmeta {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads, CUDA device: {device}",
         "",
     ]
     for name, reason in dispatch.available().items():

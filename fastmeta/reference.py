@@ -884,14 +884,13 @@ def walk(
         ):  # g_k from the states around it: ten times float32's rounding, in a small term
             before = states[k][0] if k else 0.0
             g = (states[k + 1][0] - rule.beta1 * before) / (1 - rule.beta1)
-        step = rule_adjoint(rule, k, ubar, after, states[k + 1] if states else (), g)
-        grad, hv = loss_hvp(net, thetas[k], step.g, batch, k, max_memory)
+        gbar, decay, after = rule_adjoint(rule, k, ubar, after, states[k + 1] if states else (), g)
+        grad, hv = loss_hvp(net, thetas[k], gbar, batch, k, max_memory)
         if learn is not None:
             learn(k, -lam * _update(rule, k, thetas[k], grad, states))
         lam = lam + hv
-        if step.decay:
-            lam = lam + step.decay * step.g
-        after = step.state
+        if decay:
+            lam = lam + decay * gbar
     return lam
 
 

@@ -107,9 +107,8 @@ class Config:
     """continue the run in --out; options not given are the run's own"""
 
     def __post_init__(self) -> None:
-        counts = ("tasks", "inner_steps", "size", "features", "per_step", "validate_every")
-        counts += ("validate_images", "save_every", "log_every")
-        at_least("train", self, 1, *counts)
+        at_least("train", self, 1, "tasks", "inner_steps", "size", "features", "per_step")
+        at_least("train", self, 1, "validate_every", "validate_images", "save_every", "log_every")
         at_least("train", self, 0, "iterations", "seed")
         if not self.lr > 0 or (self.clip is not None and not self.clip > 0):
             came = f"lr is {self.lr}, clip {self.clip}"
@@ -220,7 +219,7 @@ def train(config: Config) -> Path:
     checks = first(validation, config.validate_images, net, where)
     run = _restore(config, net, where)
     _write_folder(config, run)
-    feed = batches(
+    feed: Any = batches(
         training, tasks=config.tasks, seed=config.seed, start=run.step, stop=config.iterations
     )
     with closing(feed), _interrupts() as interrupted, _board(config, run) as board:
@@ -368,7 +367,7 @@ def _restore(config: Config, net: MLP, where: torch.device) -> _Run:
 
 def _save(path: Path, config: Config, run: _Run) -> None:
     """Weights, learned rates, Adam's moments and the step, in one file."""
-    extra = {n: p for n, p in run.learner.named_parameters() if n != "init"}
+    extra: dict[str, Tensor] = {n: p for n, p in run.learner.named_parameters() if n != "init"}
     for name, parameter in run.learner.named_parameters():
         for key, value in run.optimizer.state.get(parameter, {}).items():
             extra[f"adam.{name}.{key}"] = torch.as_tensor(value)
@@ -387,10 +386,9 @@ def _load(path: Path, config: Config, run: _Run) -> None:
         for name, parameter in run.learner.named_parameters():
             parameter.data.copy_(stored[name])
             if run.step:
-                moments = {k: stored[f"adam.{name}.{k}"] for k in _MOMENTS}
-                run.optimizer.state[parameter] = {
-                    k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()
-                }
+                moments: Any = {k: stored[f"adam.{name}.{k}"] for k in _MOMENTS}
+                moments.update({k: moments[k].to(parameter.device) for k in _MOMENTS[1:]})
+                run.optimizer.state[parameter] = moments
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}; accepted is a checkpoint of this run") from None
     if run.step > config.iterations:

@@ -1,18 +1,20 @@
-"""Pictures: learning curves and strips of reconstructions. Matplotlib and Pillow are imported when one is drawn."""
+"""Pictures: learning curves and strips of reconstructions. Matplotlib is imported to draw one."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checkpoint import atomic_write
+from .meta.evaluate import psnr
 
 
 def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -> None:
-    """PSNR over inner steps, the mean of each start with its standard error as a band.
+    """PSNR over inner steps: the mean of each start, its standard error as a band.
 
     Args:
         path: a .png.
@@ -21,12 +23,8 @@ def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -
     figure = _figure(6.4, 4.0)
     axes = figure.subplots()
     for name, values in curves.items():
-        mean = values.double().mean(0)
-        error = (
-            values.double().std(0, correction=1) / math.sqrt(len(values))
-            if len(values) > 1
-            else mean * 0
-        )
+        mean = values.double().mean(0)  # [K+1]
+        error = values.double().std(0, correction=min(1, len(values) - 1)) / math.sqrt(len(values))
         steps = list(range(len(mean)))
         (line,) = axes.plot(steps, mean.tolist(), marker="o", markersize=3, label=name)
         low, high = (mean - error).tolist(), (mean + error).tolist()
@@ -36,8 +34,7 @@ def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    if title:
-        axes.set_title(title)
+    axes.set_title(title)
     figure.tight_layout()
     atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=130))
 
@@ -45,46 +42,56 @@ def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -
 def strip(
     path: Path, target: Tensor, rows: dict[str, Tensor], steps: list[int], *, least: int = 96
 ) -> None:
-    """One block per image: the target, then each start's reconstructions at some steps, with captions.
+    """A block per image: the target, beside it a row per start: its reconstructions and their PSNR.
 
     Args:
         path: a .png.
         target: [m,H,W,C] in [0,1].
-        rows: start -> reconstructions [K+1,m,H,W,C]; clipped to [0,1].
+        rows: start -> reconstructions [K+1,m,H,W,C]; shown clipped to [0,1].
         steps: which of the K+1 to show.
-        least: smaller images are enlarged to about this height (nearest pixel).
+        least: smaller images are enlarged by a whole factor to about this height (nearest pixel).
     """
     count, H, W, _ = target.shape
-    across, down = len(steps) + 1, count * len(rows)
     unit = max(1, round(least / H))
-    figure = _figure((W * unit * across + 70) / 100, (H * unit + 4) * down / 100 + 0.3)
-    grid = figure.subplots(down, across, squeeze=False)
+    across, down = max(W * unit, 72) + 6, H * unit + 18  # pixels from cell to cell; captions fit
+    label, head, apart = 78, 24, 12
+    block = down * len(rows) + apart
+    width, height = across * (len(steps) + 1) + label + 6, head + block * count
+    figure = _figure(width / 100, height / 100)
+
+    def show(image: Tensor, left: float, top: float, caption: str) -> None:
+        box = (left / width, 1 - (top + H * unit) / height, W * unit / width, H * unit / height)
+        axes = figure.add_axes(box)
+        axes.imshow(_rgb(image), interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        write(left + W * unit / 2, top + H * unit + 8, caption, size=7)
+
+    def write(x: float, y: float, words: str, size: int = 8, **where: Any) -> None:
+        where = {"ha": "center", "va": "center", **where}
+        figure.text(x / width, 1 - y / height, words, fontsize=size, **where)
+
+    for cell, name in enumerate(["target", *[f"step {k}" for k in steps]]):
+        write(6 + cell * across + (label if cell else 0) + W * unit / 2, head / 2, name)
     for image in range(count):
+        top = head + block * image
+        show(target[image], 6, top + (block - apart - down) / 2, "")
         for number, (name, out) in enumerate(rows.items()):
-            line = grid[image * len(rows) + number]
-            for cell, axes in enumerate(line):
-                axes.set_xticks([])
-                axes.set_yticks([])
-                for spine in axes.spines.values():
-                    spine.set_visible(False)
-                if cell == 0 and number:
-                    continue
-                picture = target[image] if cell == 0 else out[steps[cell - 1], image]
-                axes.imshow(_rgb(picture), interpolation="nearest")
-                if image == 0 and number == 0:
-                    axes.set_title("target" if cell == 0 else f"step {steps[cell - 1]}", fontsize=8)
-            line[1].set_ylabel(name, fontsize=8)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.28 / figure.get_figheight(), 0.04, 0.04)
+            y = top + down * number
+            write(across + label, y + H * unit / 2, name, ha="right")
+            for cell, k in enumerate(steps):
+                reached = float(psnr(out[k, image].flatten(0, 1), target[image].flatten(0, 1)))
+                left = 6 + (cell + 1) * across + label
+                show(out[k, image], left, y, f"{reached:.1f} dB")
     atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=100))
 
 
-def _rgb(image: Tensor) -> object:
+def _rgb(image: Tensor) -> Any:
     """[H,W,3] numpy in [0,1] of [H,W,C]."""
     image = torch.nan_to_num(image.detach().float().cpu()).clamp(0, 1)
-    return image.expand(-1, -1, 3).numpy() if image.shape[-1] == 1 else image.numpy()
+    return image.expand(-1, -1, 3).numpy()
 
 
-def _figure(width: float, height: float) -> object:
+def _figure(width: float, height: float) -> Any:
     """A figure without pyplot: no window system, nothing global."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

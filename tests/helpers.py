@@ -21,7 +21,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def rand(*shape: int, seed: int = 0, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Uniform float64."""
-    return torch.rand(*shape, generator=generator(seed), dtype=torch.float64) * (high - low) + low
+    return torch.rand(shape, generator=generator(seed), dtype=torch.float64) * (high - low) + low
 
 
 def parameters(net: fm.MLP, tasks: int, seed: int = 0) -> Tensor:

@@ -41,7 +41,7 @@ def mean(
 
 
 def matched(net: MLP, init: Tensor, *, seed: int = 0) -> Tensor:
-    """Normal draws [P] with the mean and standard deviation of each weight matrix and bias of ``init`` [P]."""
+    """Normal draws [P] with mean and standard deviation of each matrix and bias of ``init`` [P]."""
     generator = torch.Generator().manual_seed(seed)
     source = init.detach().cpu()
     drawn = torch.empty_like(source)

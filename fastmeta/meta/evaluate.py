@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..ops.mlp import mlp
 from ..rules import Rule
 from ..spec import MLP
 
-# What a start may be fitted with: the grid that ``tune`` begins with, the paper's rate in the middle.
+# What a start may be fitted with: where ``tune`` begins, the paper's rate in the middle.
 GRID: dict[str, tuple[float, ...]] = {
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
@@ -78,7 +78,7 @@ def curve(
     The inner steps see the support set; the query set is the same where the batch has none. Points
     beyond ``counts`` are not scored.
     """
-    how = {"impl": impl, "precision": precision}
+    how: dict[str, Any] = {"impl": impl, "precision": precision}
     kept = adapt(net, start.init, batch, steps, start.lr, rule=start.rule, keep=True, **how)
     assert kept.trajectory is not None
     scored = batch if batch.query is None else batch.query
@@ -170,7 +170,7 @@ def tune(
             start = Start(init, lr, rule)
             reached, _ = curve(net, start, batch, steps, impl=impl, precision=precision)
             mean = float(reached[:, -1].mean())
-            return mean if math.isfinite(mean) else -math.inf
+            return -math.inf if math.isnan(mean) else mean
 
         lr, reached, inside = _best_rate(score, rates, beyond)
         if reached > best.psnr:

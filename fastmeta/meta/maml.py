@@ -146,7 +146,7 @@ class _MetaLoss(torch.autograd.Function):
             return worker.loss(net, theta, query, lr.shape[0]).mean()
         loss, lam = worker.loss_grad(net, theta, query, lr.shape[0], memory)
         ctx.plan, ctx.states = plan, states
-        ctx.save_for_backward(lam, thetas, updates, learned)
+        ctx.save_for_backward(init, lam, thetas, updates, learned)
         return loss.mean()
 
     @staticmethod
@@ -157,7 +157,10 @@ class _MetaLoss(torch.autograd.Function):
 
 
 class _Walk(torch.autograd.Function):
-    """The meta-gradient times the incoming cotangent; it has no derivative of its own."""
+    """The meta-gradient times the incoming cotangent; it has no derivative of its own.
+
+    ``init`` is an input so that a graph through this node leads to the error, not to nothing.
+    """
 
     @staticmethod
     def forward(
@@ -165,6 +168,7 @@ class _Walk(torch.autograd.Function):
         plan: _Plan,
         states: list,
         cotangent: Tensor,
+        init: Tensor,
         lam: Tensor,
         thetas: Tensor | None,
         updates: Tensor | None,

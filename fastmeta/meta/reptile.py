@@ -94,20 +94,19 @@ class _PseudoLoss(torch.autograd.Function):
         init: Tensor,
     ) -> Tensor:
         theta = worker.adapt(net, init[None], batch, lr, rule, max_memory=memory)[0]
-        ctx.save_for_backward(init - theta.mean(0))
+        ctx.save_for_backward(init, init - theta.mean(0))
         return worker.loss(net, theta, batch, lr.shape[0]).mean()
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple:
-        (direction,) = ctx.saved_tensors
-        return (None,) * 6 + (_Direction.apply(cotangent, direction),)
+        return (None,) * 6 + (_Direction.apply(cotangent, *ctx.saved_tensors),)
 
 
 class _Direction(torch.autograd.Function):
-    """The pseudo-gradient; it has no derivative."""
+    """The pseudo-gradient, without a derivative; ``init`` is an input so that a graph leads here."""
 
     @staticmethod
-    def forward(ctx: Any, cotangent: Tensor, direction: Tensor) -> Tensor:
+    def forward(ctx: Any, cotangent: Tensor, init: Tensor, direction: Tensor) -> Tensor:
         return cotangent * direction
 
     @staticmethod
