@@ -301,7 +301,7 @@ def evaluate_run(options: Eval) -> Path:
         )
         for name, t in named.items()
     }
-    _write_evaluation(out, named, scores, batch, held_out.size, options)
+    _write_evaluation(out, named, scores, batch, held_out.size, options, steps)
     return out
 
 
@@ -345,10 +345,11 @@ def _write_evaluation(
     batch: Batch,
     size: tuple[int, int],
     options: Eval,
+    tuned_for: int,
 ) -> None:
     table = [_table_row(name, named[name], scores[name]) for name in named]
     _write_csv(out / "table.csv", table)
-    written = _markdown(table, options.steps, batch.tasks)
+    written = _markdown(table, options.steps, batch.tasks, tuned_for)
     atomic_write(out / "table.md", lambda path: path.write_text(written, encoding="utf-8"))
     raw = {name: {"psnr": s.psnr.tolist(), "ssim": s.ssim.tolist()} for name, s in scores.items()}
     atomic_write(out / "scores.json", lambda path: path.write_text(json.dumps(raw)))
@@ -375,13 +376,14 @@ def _table_row(name: str, tuned: Tuned, scores: Scores) -> dict[str, str | float
     return row
 
 
-def _markdown(table: list[dict], last: int, count: int) -> str:
+def _markdown(table: list[dict], last: int, count: int, tuned_for: int) -> str:
     """The table for people: PSNR ± its standard error at every step, SSIM at the last."""
     steps = [f"{k} step{'s' * (k != 1)}" for k in range(last + 1)]
     head = ["start", "fitted with", *steps, f"SSIM, {steps[-1]}"]
     lines = [
         f"PSNR in dB after gradient steps, mean ± standard error over {count} images never learned "
-        "from; rule and rate of every start but the learned one are its best on training images.",
+        "from. Every start but the learned one has the rule and rate that are best for it on "
+        f"training images after {steps[tuned_for]}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

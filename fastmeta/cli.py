@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"interrupted: {error}" if str(error) else "interrupted")
         return 130
     except BrokenPipeError:
-        return 0 if arguments else 2
+        return 0
     except _USER_ERRORS as error:
         if env.debug():
             traceback.print_exc()

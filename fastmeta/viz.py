@@ -20,7 +20,7 @@ def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -
         path: a .png.
         curves: name -> PSNR [n,K+1] in dB.
     """
-    figure = _figure(6.4, 4.0)
+    figure = _figure(7.2, 4.0)
     axes = figure.subplots()
     for name, values in curves.items():
         mean = values.double().mean(0)  # [K+1]
@@ -33,7 +33,7 @@ def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -
     axes.set_ylabel("PSNR [dB]")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # over no curve
     axes.set_title(title)
     figure.tight_layout()
     atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=130))
@@ -63,7 +63,8 @@ def strip(
         box = (left / width, 1 - (top + H * unit) / height, W * unit / width, H * unit / height)
         axes = figure.add_axes(box)
         axes.imshow(_rgb(image), interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color="0.8", linewidth=0.5)  # a white image has edges too
         write(left + W * unit / 2, top + H * unit + 8, caption, size=7)
 
     def write(x: float, y: float, words: str, size: int = 8, **where: Any) -> None:

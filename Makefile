@@ -1,0 +1,48 @@
+# make demo    set everything up, meta-train on rendered text (about four minutes on two cores), evaluate, show where
+# make test    set everything up, run the tests          make test-full   with the slow ones
+# make bench   benchmarks, rows to benchmarks/results.csv   make lint       ruff and mypy
+#
+# PYTHON=python3.12 picks the interpreter of the virtual environment, VENV=dir its place. An interpreter that has torch
+# lends it to the environment; otherwise torch is installed: the CPU build of 2.13 where there is no NVIDIA driver.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.9" || echo "torch==2.13.0")
+# Two processes of one thread each: OpenMP teams that outnumber the cores wait for each other.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: demo test test-full bench lint clean
+
+$(READY): pyproject.toml setup.py
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "fastmeta needs Python 3.10 or newer; $(PYTHON) is older (set PYTHON=)"; exit 2; }
+	@if [ ! -x $(BIN)/python ]; then \
+	  if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi; \
+	fi
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/pip install -q --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+demo: $(READY)
+	@if [ -f $(DEMO)/config.json ]; then $(BIN)/fastmeta train images --out $(DEMO) --resume; \
+	else $(BIN)/fastmeta train images --data text --out $(DEMO); fi
+	@$(BIN)/fastmeta eval $(DEMO) --count 100
+
+test: $(READY)
+	@$(PYTEST) -m "not slow"
+
+test-full: $(READY)
+	@$(PYTEST) --timeout 1800
+
+bench: $(READY)
+	@$(BIN)/python -m pytest benchmarks -p no:xdist --timeout 1800
+
+lint: $(READY)
+	@$(BIN)/python -c "import ruff, mypy" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs/demo

@@ -1,0 +1,68 @@
+"""Borders: what importing fastmeta needs, what csrc may include, and the lists on both sides."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from fastmeta.spec import ACTIVATIONS, OUTPUTS
+
+ROOT = Path(__file__).parents[1]
+BLOCKED = ("triton", "tyro", "tqdm", "PIL", "matplotlib", "skimage", "safetensors", "tensorboard")
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_and_use_need_neither_compiled_nor_optional_modules():
+    out = run(
+        f"""
+import sys
+blocked = {BLOCKED!r} + ("fastmeta._cpu", "fastmeta._cuda", "fastmeta.native", "fastmeta.triton")
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name in blocked or name.split(".")[0] in blocked:
+            raise ModuleNotFoundError("no module named " + name, name=name)
+sys.meta_path.insert(0, Wall())
+import torch
+import fastmeta as fm
+net = fm.siren(2, 3, 16, 3)
+maml = fm.MAML(net, 2, 1e-2)
+maml(fm.Batch(torch.rand(9, 2), torch.rand(2, 9, 3))).backward()
+print(maml.init.grad.norm() > 0, fm.available()["reference"])
+print({{k: v for k, v in fm.available().items() if k != "reference"}})
+"""
+    )
+    assert out.splitlines()[0] == "tensor(True) None"
+    assert out.count("no cpu worker") == 1 and out.count("no triton worker") == 1
+
+
+def test_import_takes_no_notice_of_what_is_not_used():
+    loaded = run("import sys, fastmeta; print(sorted({m.split('.')[0] for m in sys.modules}))")
+    # torch itself may load some of them; compare with what torch alone loads
+    alone = run("import sys, torch; print(sorted({m.split('.')[0] for m in sys.modules}))")
+    assert set(eval(loaded)) - set(eval(alone)) - {"fastmeta"} <= set(sys.stdlib_module_names)
+
+
+def test_csrc_is_free_of_torch():
+    sources = [
+        p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".hpp", ".cpp", ".cu", ".cuh")
+    ]
+    assert sources
+    for path in sources:
+        found = re.findall(
+            r'#\s*include\s*[<"]((?:torch|ATen|c10|pybind11/torch)[^>"]*)', path.read_text()
+        )
+        assert not found, f"{path} includes {found}"
+
+
+def test_both_sides_of_the_border_list_the_same():
+    text = (ROOT / "csrc" / "abi.h").read_text()
+    for macro, names in (("FM_ACTIVATIONS", ACTIVATIONS), ("FM_OUTPUTS", OUTPUTS)):
+        body = re.search(rf"#define {macro}\(X\)((?:.*\\\n)*.*)", text)[1]
+        assert tuple(re.findall(r"X\((\w+)\)", body)) == names
