@@ -94,7 +94,7 @@ def open_start(
     rule = stored.get("rule", "sgd") if rule is None else rule
     start = Start(init.to(where, torch.float32), rate, rule)
     steps = int(stored.get("inner_steps", 2))
-    return Learned(path.stem, net, start, steps, stored.get("size"), config)
+    return Learned(Path(run).stem, net, start, steps, stored.get("size"), config)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ def summary(out: Path) -> str:
 def _keep_apart(options: Fit) -> None:
     """Refuse to write pictures where the images lie: one could replace the other."""
     source, out = Path(options.data).resolve(), options.out.resolve()
-    if out == source.parent or (source.is_dir() and out.is_relative_to(source)):
+    inside = out.is_relative_to(source) if source.is_dir() else out == source.parent
+    if inside and source.exists():
         came = f"fit: --out {options.out} lies where the images of --data are"
         raise ValueError(f"{came}; accepted is a folder apart from them")
 

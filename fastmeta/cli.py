@@ -78,7 +78,7 @@ def _run(arguments: list[str]) -> int:
             USAGE.format(builtin=names and f",\nor the name of one that comes along: {names}"),
             end="",
         )
-        return 0
+        return 0 if arguments else 2
     if command in ("-V", "--version"):
         print(f"fastmeta {__version__}")
         return 0
@@ -143,7 +143,7 @@ def _options(kind: Callable[..., Any], name: str, arguments: list[str], default:
 def _resumed(arguments: list[str]) -> Config | None:
     """With --resume, the run's own options are the defaults."""
     out = None
-    for option, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for option, following in zip(arguments, [*arguments[1:], None], strict=False):
         if option == "--out":
             out = following
         elif option.startswith("--out="):

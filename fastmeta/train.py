@@ -338,8 +338,10 @@ def _check_folder(config: Config) -> None:
 
 def _write_folder(config: Config, run: _Run) -> None:
     """The run's folder, its configuration, and both logs from the rows up to the checkpoint: what
-    came after it will come again."""
+    came after it will come again. What a kill left half written is removed."""
     make_folder(config.out)
+    for half in config.out.glob(".fastmeta-*.tmp"):
+        half.unlink(missing_ok=True)
     stored = json.dumps(_as_json(config), indent=1) + "\n"
     lines = "".join(json.dumps(row) + "\n" for row in run.rows)
     table = io.StringIO()

@@ -21,7 +21,8 @@ int main() {
   const long long seeds[] = {0, 1, -1, 4611686018427400249LL};
   for (long long seed : seeds)
     for (unsigned i = 0; i < 5; ++i)
-      std::printf("%u %.9g\n", draw_integer(seed, i, 3, kPoints, 1000), draw_uniform(seed, i, 5, kJitter));
+      std::printf("%u %.9g\n", draw_integer(seed, i, 3, kPoints, 1000),
+                  draw_uniform(seed, i, 5, kJitter));
   std::printf("%d\n", static_cast<int>(Activation::k_none));
 }
 """
