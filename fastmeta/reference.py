@@ -26,7 +26,6 @@ from .batch import Batch, March, Project, Rays
 from .rules import SGD, Adam, Momentum, Rule
 from .spec import MLP, encoding_tensors
 
-NAME = "reference"
 DTYPES = (torch.float32, torch.float64)
 PRECISIONS = ("fp32",)  # float64 comes by the tensors' dtype
 
@@ -421,7 +420,7 @@ def _mlp_pass(
 
 
 class _March(NamedTuple):
-    """The quantities of MATH's compositing that the way back needs."""
+    """What the way back of compositing needs."""
 
     colour: Number  # c [...,S,3]
     colour_slope: Number  # c(1−c)
@@ -729,9 +728,11 @@ def _loss_pass(
 
 
 @exact
-def loss(net: MLP, params: Tensor, batch: Batch, step: int = 0) -> Tensor:
+def loss(
+    net: MLP, params: Tensor, batch: Batch, step: int = 0, max_memory: int | None = None
+) -> Tensor:
     """Loss [T] at params [T or 1,P]."""
-    return _loss_pass(net, params, None, batch, step, False, None)[0]
+    return _loss_pass(net, params, None, batch, step, False, max_memory)[0]
 
 
 @exact
@@ -834,8 +835,12 @@ class Adjoint(NamedTuple):
 def rule_adjoint(
     rule: Rule, k: int, ubar: Tensor, after: State, state: State, g: Tensor | None
 ) -> Adjoint:
-    """From ``ū = −α ⊙ λ_{k+1}`` and the adjoint of state_{k+1}: ḡ_k and the adjoint of state_k. See
-    MATH's walks."""
+    """From ``ū = −α ⊙ λ_{k+1}`` and the adjoint of state_{k+1}: ḡ_k and the adjoint of state_k.
+
+    Momentum: ``b̃ = β_{k+1} + ū``, ``ḡ = b̃``, ``β_k = μ b̃`` (Nesterov: ``b̃ = β_{k+1} + μ ū``,
+    ``ḡ = b̃ + ū``). Adam: ``m̃ = m̄_{k+1} + ū/(c1 D)``, ``ṽ = v̄_{k+1} − ū m/(2 c1 c2 D² r)`` and
+    ``ṽ = 0`` where r = 0, ``ḡ = (1−β1) m̃ + 2 (1−β2) g ⊙ ṽ``, ``m̄_k = β1 m̃``, ``v̄_k = β2 ṽ``.
+    """
     if isinstance(rule, SGD):
         return Adjoint(ubar, 0.0, ())
     if isinstance(rule, Momentum):
@@ -879,9 +884,7 @@ def walk(
     for k in range(lr.shape[0] - 1, -1, -1):
         ubar = -lr[k] * lam
         g = None
-        if isinstance(
-            rule, Adam
-        ):  # g_k from the states around it: ten times float32's rounding, in a small term
+        if isinstance(rule, Adam):  # g_k from the states around it, to ten roundings of m
             before = states[k][0] if k else 0.0
             g = (states[k + 1][0] - rule.beta1 * before) / (1 - rule.beta1)
         gbar, decay, after = rule_adjoint(rule, k, ubar, after, states[k + 1] if states else (), g)

@@ -56,15 +56,15 @@ class Config:
     algorithm: Literal["maml", "reptile"] = "maml"
     order: Literal[1, 2] = 2
     """of MAML's gradient: 2 is exact, 1 is first order (FOMAML)"""
-    iterations: int = 1000
+    iterations: int = 700
     """outer steps"""
     tasks: int = 3
     """images per outer step"""
     inner_steps: int = 2
-    inner_lr: float = 1e-2
+    inner_lr: float = 3e-2
     rule: Literal["sgd", "momentum", "adam", "meta_sgd"] = "sgd"
     """inner rule; meta_sgd learns one rate per parameter"""
-    lr: float = 5e-5
+    lr: float = 1e-4
     """rate of the outer Adam"""
     clip: float | None = None
     """largest norm of the outer gradient; none: no clipping"""

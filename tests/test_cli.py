@@ -381,7 +381,7 @@ def test_fit_at_native_sizes(run, photos, tmp_path):
 
 
 def test_fit_overwrites_no_picture_of_the_same_name(run, tmp_path):
-    names = ["a.bmp", "a.png", "A.gif", "sub/a.png", "sub_a.png", "a-2.png"]
+    names = ["a.bmp", "a.png", "A.gif", "sub/a.png", "sub_a.png", "a-2.png", "sub_A.png"]
     for number, name in enumerate(names):
         save(tmp_path / "photos" / name, seed=number)
     out = tmp_path / "fits"

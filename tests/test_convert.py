@@ -52,7 +52,7 @@ def weights(net: MLP, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
 
 
 def plain(net: MLP, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The network written out once more, from the text of PAPER.md: shares no code with fastmeta.
+    """The network written out once more, from the paper's text: shares no code with fastmeta.
 
     Source: Tancik et al. 2021; Sitzmann et al. 2020.
     """

@@ -230,7 +230,7 @@ def test_projector_and_its_adjoint(size, impl):
 
 
 def test_projector_on_ones():
-    """PAPER.md's numbers: 1.0 at 0; min .418, mean .828 at π/4; .996 at π/2."""
+    """The numbers of the authors' operator: 1.0 at 0; min .418, mean .828 at π/4; .996 at π/2."""
     angles = torch.tensor([[0, torch.pi / 4, torch.pi / 2]], dtype=torch.float64)
     sinogram = fm.project(torch.ones(1, 256, 256, dtype=torch.float64), angles)[0]
     agree(sinogram, "project/ones/sinogram")

@@ -227,6 +227,18 @@ def test_resuming_with_another_option_names_it(whole, tmp_path, monkeypatch):
     assert torch.equal(load_start(options.out / tr.LAST)[1], load_start(whole("maml") / tr.LAST)[1])
 
 
+def test_a_resumed_run_knows_its_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(tr, "_validate", lambda config, run, checks: 30.0 - run.step)
+    options = config(tmp_path / "run")
+    stopped(monkeypatch, options, 6)
+    tr.train(dataclasses.replace(options, resume=True))
+    assert [load_start(options.out / name)[3]["best"] for name in (tr.LAST, tr.BEST)] == [
+        26.0,
+        26.0,
+    ]
+    assert load_start(options.out / tr.BEST)[3]["step"] == 4
+
+
 def test_a_folder_that_holds_a_run_is_refused(whole):
     out = whole("maml")
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}

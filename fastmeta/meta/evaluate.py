@@ -76,20 +76,20 @@ def curve(
     """(PSNR [T,K+1] on the query set, predictions there [K+1,T,N,C]) after 0..K inner steps.
 
     The inner steps see the support set; the query set is the same where the batch has none. Points
-    beyond ``counts`` are not scored.
+    beyond ``counts`` are not scored, and the predictions there mean nothing.
     """
     how: dict[str, Any] = {"impl": impl, "precision": precision}
     kept = adapt(net, start.init, batch, steps, start.lr, rule=start.rule, keep=True, **how)
     assert kept.trajectory is not None
     scored = batch if batch.query is None else batch.query
     assert isinstance(scored.x, Tensor)
-    x, y, counts = scored.x, scored.y, scored.counts
+    y, counts = scored.y, scored.counts
+    out = torch.stack(
+        [mlp(net, theta, scored.x, **how) for theta in kept.trajectory]
+    )  # [K+1,T,N,C]
     if counts is None:
-        out = torch.stack([mlp(net, theta, x, **how) for theta in kept.trajectory])  # [K+1,T,N,C]
         return psnr(out, y).T, out
     valid = (torch.arange(scored.points, device=y.device) < counts[:, None])[..., None]  # [T,N,1]
-    x = torch.where(valid, x, 0)  # padding may hold anything
-    out = torch.stack([mlp(net, theta, x, **how) for theta in kept.trajectory])
     error = torch.where(valid, (out - y) ** 2, 0).sum((-2, -1)) / (counts * y.shape[-1])  # [K+1,T]
     return -10 * torch.log10(error).T, out
 

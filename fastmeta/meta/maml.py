@@ -143,7 +143,7 @@ class _MetaLoss(torch.autograd.Function):
         )
         query = batch if batch.query is None else batch.query
         if not (want_init or want_rate):
-            return worker.loss(net, theta, query, lr.shape[0]).mean()
+            return worker.loss(net, theta, query, lr.shape[0], memory).mean()
         loss, lam = worker.loss_grad(net, theta, query, lr.shape[0], memory)
         ctx.plan, ctx.states = plan, states
         ctx.save_for_backward(init, lam, thetas, updates, learned)

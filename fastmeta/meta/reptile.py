@@ -95,7 +95,7 @@ class _PseudoLoss(torch.autograd.Function):
     ) -> Tensor:
         theta = worker.adapt(net, init[None], batch, lr, rule, max_memory=memory)[0]
         ctx.save_for_backward(init, init - theta.mean(0))
-        return worker.loss(net, theta, batch, lr.shape[0]).mean()
+        return worker.loss(net, theta, batch, lr.shape[0], memory).mean()
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple:

@@ -35,8 +35,7 @@ def mlp(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a worker that cannot
             run the case.
 
-    Source: Tancik et al. 2021 (section 3); MATH of the two passes: Pearlmutter 1994 for the dual
-        one.
+    Source: Tancik et al. 2021, section 3; Pearlmutter 1994 for the dual pass.
     """
     net = dispatch.network("mlp", net)
     x = dispatch.tensor("mlp", "x", x, dims=(2, 3))
