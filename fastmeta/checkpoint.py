@@ -134,11 +134,11 @@ def save_tensors(
 
 def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     """Reads (tensors on the CPU, meta) as ``save_tensors`` wrote them. Errors as ``load_init``."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with open(path, "rb"):
-            pass
+        data = Path(path).read_bytes()  # of one open file: a new one may take its place meanwhile
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such file; accepted is a file written by fastmeta"
@@ -146,10 +146,9 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder; accepted is a file written by fastmeta") from None
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            head = _head(path, file.metadata() or {}, list(file.keys()))
-            # Copies: safe_open maps the file, and what overwrites it in place would change them.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # load checked it
+        head = _head(path, header.get("__metadata__", {}), list(tensors))
     except SafetensorError as error:
         raise ValueError(
             f"{path}: not a complete safetensors file ({_one_line(error)}); "

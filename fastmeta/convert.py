@@ -543,7 +543,8 @@ def _read_pickle(data: bytes) -> object:
                 full = ".".join(parts)
                 if full not in _KNOWN:
                     raise ValueError(
-                        f"the pickle asks for {full[:80]!r}, which is refused; nothing was run"
+                        f"the pickle asks for {full[:80]!r}, which is refused and was not run; "
+                        "accepted are dicts and numpy or jax arrays"
                     )
                 stack.append(_Name(full))
             elif name == "REDUCE":

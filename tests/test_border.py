@@ -1,8 +1,10 @@
 """Borders: what importing fastmeta needs, what csrc may include, and the lists on both sides."""
 
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 from fastmeta.spec import ACTIVATIONS, OUTPUTS
@@ -23,6 +25,7 @@ def test_import_and_use_need_neither_compiled_nor_optional_modules():
     out = run(
         f"""
 import sys
+import tarfile
 blocked = {BLOCKED!r} + ("fastmeta._cpu", "fastmeta._cuda", "fastmeta.native", "fastmeta.triton")
 class Wall:
     def find_spec(self, name, path=None, target=None):
@@ -66,3 +69,19 @@ def test_both_sides_of_the_border_list_the_same():
     for macro, names in (("FM_ACTIVATIONS", ACTIVATIONS), ("FM_OUTPUTS", OUTPUTS)):
         body = re.search(rf"#define {macro}\(X\)((?:.*\\\n)*.*)", text)[1]
         assert tuple(re.findall(r"X\((\w+)\)", body)) == names
+
+
+def test_the_source_distribution_carries_the_kernels_sources(tmp_path):
+    skip = shutil.ignore_patterns(".git", ".venv*", "runs", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, tmp_path / "fastmeta", ignore=skip)
+    code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "fastmeta", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "fastmeta" / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        held = {name.split("/", 1)[1] for name in files.getnames() if "/" in name}
+    for path in [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]:
+        assert path.relative_to(ROOT).as_posix() in held
+    assert {"fastmeta/py.typed", "LICENSE", "Makefile", "README.md"} <= held

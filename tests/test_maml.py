@@ -133,8 +133,10 @@ def test_adam_with_a_dead_unit_is_finite_and_right(impl):
 @pytest.mark.parametrize("steps", [1, 2, 4, 10])
 @pytest.mark.parametrize("rule", [SGD(), Momentum(), Adam(), Adam(eps=1e-3)], ids=repr)
 def test_float32_is_as_good_as_plain_torch(impl, rule, steps):
-    """At most twice the error of autograd in float32, plus one rounding. In Adam's first step the two
-    paths of ū cancel to six digits: only in closed form does float32 hold it."""
+    """At most twice the error of autograd in float32, plus one rounding.
+
+    In Adam's first step the two paths of ū cancel to six digits: float32 needs the closed form.
+    """
     net, init = NETS["sine"], parameters(NETS["sine"], 1)[0]
     batch = fm.Batch(rand(2, 200, 2), rand(2, 200, 3))
     grads = []

@@ -103,7 +103,7 @@ class _PseudoLoss(torch.autograd.Function):
 
 
 class _Direction(torch.autograd.Function):
-    """The pseudo-gradient, without a derivative; ``init`` is an input so that a graph leads here."""
+    """The pseudo-gradient, without a derivative; ``init`` is there so that a graph leads here."""
 
     @staticmethod
     def forward(ctx: Any, cotangent: Tensor, init: Tensor, direction: Tensor) -> Tensor:
