@@ -56,7 +56,7 @@ class Config:
     algorithm: Literal["maml", "reptile"] = "maml"
     order: Literal[1, 2] = 2
     """of MAML's gradient: 2 is exact, 1 is first order (FOMAML)"""
-    iterations: int = 700
+    iterations: int = 600
     """outer steps"""
     tasks: int = 3
     """images per outer step"""
@@ -368,9 +368,9 @@ def _restore(config: Config, net: MLP, where: torch.device) -> _Run:
 
 
 def _save(path: Path, config: Config, run: _Run) -> None:
-    """Weights, learned rates, Adam's moments and the step, in one file."""
+    """Weights, learned rates and the step in one file; in ``last`` Adam's moments too."""
     extra: dict[str, Tensor] = {n: p for n, p in run.learner.named_parameters() if n != "init"}
-    for name, parameter in run.learner.named_parameters():
+    for name, parameter in run.learner.named_parameters() if path.name == LAST else ():
         for key, value in run.optimizer.state.get(parameter, {}).items():
             extra[f"adam.{name}.{key}"] = torch.as_tensor(value)
     meta = {"step": run.step, "best": run.best, "config": _as_json(config)}
