@@ -161,7 +161,7 @@ def fit(options: Fit) -> Path:
             row: dict[str, Any] = {"name": name, "picture": _picture_name(name, taken)}
             unseen = None if seen is None else ~seen[t]
             rows.append(row | _scores(fitted.losses[:, t], shown[t], images[t], unseen))
-            pictures.save_png(options.out / row["picture"], shown[t])
+            viz.save_png(options.out / row["picture"], shown[t])
         weights.append(fitted.params.cpu())
         sizes += [[H, W]] * T
     spec, tensors = spec_to_json(net)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,26 @@ from torch import Tensor
 
 from .checkpoint import atomic_write
 from .meta.evaluate import psnr
+
+
+def save_png(path: str | os.PathLike, image: Tensor) -> None:
+    """Writes ``round(255 · clip(image, 0, 1))``, beside the path first and then renamed over it.
+
+    Args:
+        image: [H,W,C], C = 1 or 3.
+
+    Raises:
+        ValueError: another shape, or NaN. OSError: the folder is absent or cannot be written.
+    """
+    from PIL import Image
+
+    shape, nan = tuple(image.shape), bool(image.isnan().any())
+    if len(shape) != 3 or shape[2] not in (1, 3) or 0 in shape or nan:
+        came = f"image has shape {shape}{' and holds NaN' if nan else ''}"
+        raise ValueError(f"save_png: {came}; accepted is [H,W,C] with C = 1 or 3, without NaN")
+    pixels = image.detach().cpu().double().clamp(0, 1).mul(255).round().byte().numpy()
+    picture = Image.fromarray(pixels.squeeze(2) if shape[2] == 1 else pixels)
+    atomic_write(path, lambda beside: picture.save(beside, format="PNG"))
 
 
 def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmeta import rng
+from fastmeta import rng, viz
 from fastmeta.spec import MLP, siren
 from fastmeta.tasks import images as im
+from fastmeta.tasks.files import Memory
 
 
 def data(path):
@@ -584,21 +585,21 @@ def test_save_png(tmp_path):
     image = torch.tensor([[[-1.0, 0.5, 0.4979], [2.0, 0.0019, 0.0020]]])
     path = tmp_path / "a.png"
     path.write_text("old")
-    im.save_png(path, image)
+    viz.save_png(path, image)
     assert np.asarray(Image.open(path)).tolist() == [[[0, 128, 127], [255, 0, 1]]]
-    im.save_png(str(path), image[..., :1].requires_grad_())
+    viz.save_png(str(path), image[..., :1].requires_grad_())
     assert np.asarray(Image.open(path)).shape == (1, 2) and list(tmp_path.iterdir()) == [path]
-    one_line(r"shape \(2, 2\); accepted is \[H,W,C\]", im.save_png, path, torch.zeros(2, 2))
-    one_line("holds NaN", im.save_png, path, image * float("nan"))
+    one_line(r"shape \(2, 2\); accepted is \[H,W,C\]", viz.save_png, path, torch.zeros(2, 2))
+    one_line("holds NaN", viz.save_png, path, image * float("nan"))
     gone = tmp_path / "gone" / "a.png"
-    one_line("a.png cannot be written", im.save_png, gone, image, error=OSError)
+    one_line("a.png: could not be written", viz.save_png, gone, image, error=OSError)
     assert np.asarray(Image.open(path)).tolist() == [[0, 255]]  # an error leaves the old one
 
 
 def some(n, memory=2 << 30):
     pixels = noise(n, 8, 8, 3)
     return im.ImageSet(
-        lambda row: pixels[row], tuple(map(str, range(n))), (8, 8), 3, im.Memory(memory)
+        lambda row: pixels[row], tuple(map(str, range(n))), (8, 8), 3, Memory(memory)
     )
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from .. import rng
-from .images import ImageSet, Memory, Splits, size_pair
+from .files import ImageSet, Memory, size_pair
+from .images import Splits
 
 FACES = (
     "DejaVuSans",
