@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -40,6 +42,11 @@ def objections(case: Any) -> list[str]:
     if case.precision is not None and case.precision not in PRECISIONS:
         reasons.append(f"precision {case.precision!r} (fp32 only; float64 by the tensors' dtype)")
     return reasons
+
+
+def at(precision: str | None) -> ModuleType:
+    """The passes in an arithmetic: this module, which has one for each dtype."""
+    return sys.modules[__name__]
 
 
 def exact(function: _F) -> _F:
@@ -871,15 +878,16 @@ def walk(
     lr: Tensor,
     rule: Rule,
     lam: Tensor,
-    learn: Callable[[int, Tensor], None] | None = None,
+    learned: Tensor | None = None,
     max_memory: int | None = None,
-) -> Tensor:
-    """λ_0 [T,P] of exact second order: ``λ_k = λ_{k+1} + H_k ḡ_k (+ ω ḡ_k)``, from λ_K.
+) -> tuple[Tensor, Tensor | None]:
+    """Exact second order, from λ_K [T,P]: (λ_0 [T,P], the rates' gradient in the shape of learned).
 
-    For SGD ``ḡ_k = −α_k ⊙ λ_{k+1}``: the rate goes inside the Hessian-vector product. H_k belongs
-    to the support loss with step k's own draw. ``learn(k, ā_k)`` receives the rates' gradient ``ā_k
-    = −λ_{k+1} ⊙ u_k`` [T,P].
+    ``λ_k = λ_{k+1} + H_k ḡ_k (+ ω ḡ_k)``; for SGD ``ḡ_k = −α_k ⊙ λ_{k+1}``: the rate goes inside
+    the Hessian-vector product. H_k belongs to the support loss with step k's own draw. The rates'
+    gradient is ``ā_k = −λ_{k+1} ⊙ u_k``.
     """
+    rates = None if learned is None else torch.zeros_like(learned)
     after: State = ()
     for k in range(lr.shape[0] - 1, -1, -1):
         ubar = -lr[k] * lam
@@ -889,14 +897,27 @@ def walk(
             g = (states[k + 1][0] - rule.beta1 * before) / (1 - rule.beta1)
         gbar, decay, after = rule_adjoint(rule, k, ubar, after, states[k + 1] if states else (), g)
         grad, hv = loss_hvp(net, thetas[k], gbar, batch, k, max_memory)
-        if learn is not None:
-            learn(k, -lam * _update(rule, k, thetas[k], grad, states))
+        if rates is not None:
+            u = grad if isinstance(rule, SGD) else rule_step(rule, k, thetas[k], grad, states[k])[0]
+            _add_rates(rates, k, -lam * u)
         lam = lam + hv
         if decay:
             lam = lam + decay * gbar
-    return lam
+    return lam, rates
 
 
-def _update(rule: Rule, k: int, theta: Tensor, g: Tensor, states: list[State]) -> Tensor:
-    """u_k again, from the gradient and the kept states."""
-    return g if isinstance(rule, SGD) else rule_step(rule, k, theta, g, states[k])[0]
+@exact
+def first_order_rates(updates: Tensor, lam: Tensor, learned: Tensor) -> Tensor:
+    """The rates' gradient in first order, ``ā_k = −λ_K ⊙ u_k``: u [K,T,P], λ_K [T,P]."""
+    rates = torch.zeros_like(learned)
+    for k, u in enumerate(updates):
+        _add_rates(rates, k, -lam * u)
+    return rates
+
+
+def _add_rates(rates: Tensor, k: int, part: Tensor) -> None:
+    """Sum ā_k [T,P] into the shape in which the rates were given, which broadcasts to [K,T,P]."""
+    if rates.dim() == 3:
+        rates[k if rates.shape[0] > 1 else 0] += part.sum_to_size(rates.shape[1:])
+    else:
+        rates += part.sum_to_size(rates.shape)

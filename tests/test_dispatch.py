@@ -62,13 +62,19 @@ def test_when_all_object_one_error_lists_every_objection():
 
 
 def worker(**attributes):
-    return types.SimpleNamespace(
-        **{
-            "mlp": lambda net, p, x: x.new_full((1, 4, 3), 7.0),
-            "objections": lambda case: [],
-            **attributes,
-        }
+    made = types.SimpleNamespace(
+        mlp=lambda net, p, x: x.new_full((1, 4, 3), 7.0), objections=lambda case: [], asked=[]
     )
+    made.at = lambda precision: made.asked.append(precision) or made
+    made.__dict__.update(attributes)
+    return made
+
+
+def test_the_precision_reaches_the_worker(monkeypatch):
+    fast = worker()
+    monkeypatch.setattr(dispatch, "load", lambda name: (fast, None))
+    assert call(precision="tf32").eq(7).all() and call().eq(7).all()
+    assert fast.asked == ["tf32", None]
 
 
 def test_the_first_without_objection_runs(monkeypatch):

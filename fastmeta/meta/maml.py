@@ -176,32 +176,14 @@ class _Walk(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         worker, net, batch, lr, rule, order, memory = plan
         lam = lam * (cotangent / batch.tasks)
-        rates = None if learned is None else _RateGradient(learned)
         if order == 2:
-            lam = worker.walk(net, thetas, states, batch, lr, rule, lam, rates, memory)
-        elif rates is not None and updates is not None:
-            for k, u in enumerate(updates):
-                rates(k, -lam * u)
-        return lam.sum(0), None if rates is None else rates.total
+            lam, rates = worker.walk(net, thetas, states, batch, lr, rule, lam, learned, memory)
+        else:
+            rates = None if learned is None else worker.first_order_rates(updates, lam, learned)
+        return lam.sum(0), rates
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple:
         raise RuntimeError(
             "MAML: a derivative of the meta-gradient was asked for; the loss is differentiable once"
-        )
-
-
-class _RateGradient:
-    """Sums ā_k [T,P] into the shape in which the rates were given."""
-
-    def __init__(self, lr: Tensor) -> None:
-        self.total = torch.zeros_like(lr)
-        self.per_step = lr.dim() == 3 and lr.shape[0] > 1
-
-    def __call__(self, k: int, part: Tensor) -> None:
-        total = self.total[k] if self.per_step else self.total
-        total += (
-            part[None].sum_to_size(total.shape)
-            if total.dim() == 3
-            else part.sum_to_size(total.shape)
         )

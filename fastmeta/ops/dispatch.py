@@ -2,7 +2,8 @@
 without objection.
 
 A worker is a module (or an object with the same names) that has ``objections(case) -> list[str]``
-and the passes of ``fastmeta.reference``. It is imported when it is first considered, never before.
+and ``at(precision)``, which returns the passes of ``fastmeta.reference`` in that arithmetic. It is
+imported when it is first considered, never before.
 """
 
 from __future__ import annotations
@@ -84,15 +85,15 @@ def _choose(case: Case, impl: str | None) -> Any:
     for name in [impl] if impl is not None else WORKERS:
         reasons = objections(case, name)
         if not reasons:
-            return load(name)[0]
+            return load(name)[0].at(case.precision)
         refusals.append(f"{name}: {'; '.join(reasons)}")
     asked = "no worker runs this case" if impl is None else f"impl={impl!r} cannot run this case"
     raise ValueError(f"{case.op}: {asked}. " + " | ".join(refusals))
 
 
 def choose(case: Case, impl: str | None) -> Any:
-    """The worker for a case: the one named by ``impl`` or FASTMETA_IMPL, or the first without
-    objection.
+    """The passes for a case, of the worker named by ``impl`` or FASTMETA_IMPL, or of the first
+    without objection.
 
     Raises:
         ValueError: the named worker, or every worker, objects; the message holds all objections.
