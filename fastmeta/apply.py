@@ -102,15 +102,18 @@ class Fit:
     """Fit images from a learned start; writes the fitted weights, the pictures and their scores."""
 
     run: str
-    """folder of a training run, a .safetensors file, the authors' .pkl or .npz, or the name of a
-    start that comes along"""
+    """a run's folder, a .safetensors, the authors' .pkl or .npz, or a start that comes along; may
+    come first, without --run"""
     data: str
     """an image, a folder of images, an .npz or .npy file"""
     out: Path = Path("fits")
+    """folder of the results"""
     steps: int | None = None
     """gradient steps; none: as many as the start was learned for"""
     lr: float | None = None
+    """rate of the steps; none: as in training"""
     rule: Literal["sgd", "momentum", "adam"] | None = None
+    """rule of the steps; none: as in training"""
     size: int | Literal["native"] | None = None
     """height and width; native: each image as it is; none: as in training"""
     mask: str | None = None
@@ -118,9 +121,13 @@ class Fit:
     seed: int = 0
     """of a random mask"""
     device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
     threads: int | None = None
+    """of torch; none: its own default"""
     impl: Literal["reference", "cpu", "triton", "cuda"] | None = None
+    """worker; none: the fastest that accepts the case"""
     precision: Literal["fp32", "tf32", "fp16", "bf16"] | None = None
+    """arithmetic of the hidden layers"""
 
 
 def fit(options: Fit) -> Path:
@@ -241,7 +248,7 @@ class Eval:
     """Compare a learned start with others on held-out images; writes tables and pictures."""
 
     run: str
-    """as in fit"""
+    """as in fit; may come first, without --run"""
     data: str | None = None
     """images to evaluate on; none: the run's own test split"""
     out: Path | None = None
@@ -249,9 +256,9 @@ class Eval:
     count: int = 50
     """images, at most"""
     steps: int = 5
+    """gradient steps"""
     tune_images: int = 8
-    """training images (with --data: the last ones) on which every other start gets its best rule
-    and rate, and from which the mean start is made"""
+    """training images (with --data: its last ones) on which the other starts are tuned"""
     mean_steps: int = 50
     """steps for each image behind the mean start"""
     starts: tuple[Literal["standard", "mean", "matched", "shuffled"], ...] = (
@@ -263,10 +270,15 @@ class Eval:
     pictures: int = 4
     """images in the strip"""
     seed: int = 0
+    """of the random starts"""
     device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
     threads: int | None = None
+    """of torch; none: its own default"""
     impl: Literal["reference", "cpu", "triton", "cuda"] | None = None
+    """worker; none: the fastest that accepts the case"""
     precision: Literal["fp32", "tf32", "fp16", "bf16"] | None = None
+    """arithmetic of the hidden layers"""
 
 
 def evaluate_run(options: Eval) -> Path:

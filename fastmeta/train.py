@@ -50,10 +50,11 @@ class Config:
     """A meta-training run on images. The defaults suit 64 × 64 images on a CPU."""
 
     data: str
-    """a folder of images, an .npz or .npy file, or "text" (strings rendered by fastmeta)"""
+    """a folder of images, .npz, .npy, or "text" (strings rendered; ./text for such a folder)"""
     out: Path
     """folder of the run: checkpoints, logs, configuration"""
     algorithm: Literal["maml", "reptile"] = "maml"
+    """maml: the gradient through the inner steps; reptile: towards where they end"""
     order: Literal[1, 2] = 2
     """of MAML's gradient: 2 is exact, 1 is first order (FOMAML)"""
     iterations: int = 600
@@ -61,7 +62,9 @@ class Config:
     tasks: int = 3
     """images per outer step"""
     inner_steps: int = 2
+    """gradient steps on each image, K"""
     inner_lr: float = 3e-2
+    """rate of the inner steps; with meta_sgd where the learned rates begin"""
     rule: Literal["sgd", "momentum", "adam", "meta_sgd"] = "sgd"
     """inner rule; meta_sgd learns one rate per parameter"""
     lr: float = 1e-4
@@ -73,9 +76,13 @@ class Config:
     size: int = 64
     """height and width; photographs are cropped about the centre and resized"""
     channels: Literal[1, 3] = 3
+    """of the images: 3 colour, 1 grey"""
     network: Literal["siren", "fourier"] = "siren"
+    """siren: sine layers; fourier: ReLU layers on Gaussian features"""
     width: int = 128
+    """neurons in a hidden layer"""
     depth: int = 5
+    """linear layers"""
     w0: float = 100.0
     """sine frequency of a siren"""
     features: int = 256
@@ -87,16 +94,21 @@ class Config:
     test: float = 0.1
     """share held out for `fastmeta eval`"""
     group: str | None = None
-    """regular expression with one group, searched for in file names: images with the same match
-    stay in one part"""
+    """regular expression with one group: names with the same match stay in one part"""
     validate_every: int = 100
+    """outer steps between validations"""
     validate_images: int = 16
+    """images of the validation part that are scored, at most"""
     save_every: int = 100
+    """outer steps between checkpoints"""
     log_every: int = 10
+    """outer steps between rows of the logs"""
     seed: int = 0
+    """of everything random"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
     threads: int | None = None
+    """of torch; none: its own default"""
     impl: Literal["reference", "cpu", "triton", "cuda"] | None = None
     """worker; none: the fastest that accepts the case"""
     precision: Literal["fp32", "tf32", "fp16", "bf16"] | None = None
