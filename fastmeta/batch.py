@@ -285,6 +285,9 @@ class Batch:
                 raise ValueError(
                     f"Batch: {name} is {value!r}; accepted is an integer tensor [{self.tasks}]"
                 )
+            if value is not None and value.device != self.y.device:
+                came = f"{name} is on {value.device}, y on {self.y.device}"
+                raise ValueError(f"Batch: {came}; both must agree")
         if self.seed is not None and self.seed.dtype != torch.int64:
             raise TypeError(f"Batch: seed is {self.seed.dtype}; accepted is int64")
         if self.counts is not None:

@@ -831,8 +831,7 @@ def adapt(
 
 
 class Adjoint(NamedTuple):
-    """What step k hands back: the cotangent ḡ_k of its gradient, weight decay's ω, u_k, and the
-    state's adjoint."""
+    """What step k hands back: its gradient's cotangent ḡ_k, ω, and the state's adjoint."""
 
     g: Tensor
     decay: float

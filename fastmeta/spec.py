@@ -252,13 +252,12 @@ class MLP:
                 f"params has {params.shape[-1]} columns, the network has {self.num_params} "
                 "parameters"
             )
-        views, at, lead = [], 0, params.shape[:-1]
+        views, at = [], 0
         for i, o in self.sizes:
             weight = params[..., at : at + i * o].unflatten(-1, (o, i))
             bias = params[..., at + i * o : at + i * o + o]
             views.append((weight, bias))
             at += i * o + o
-        assert all(w.shape[:-2] == lead for w, _ in views)
         return views
 
 

@@ -125,6 +125,22 @@ class Config:
         if not self.lr > 0 or (self.clip is not None and not self.clip > 0):
             came = f"lr is {self.lr}, clip {self.clip}"
             raise ValueError(f"train: {came}; accepted are lr > 0, clip > 0 or none")
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Raise where an option was given that the others leave without effect."""
+        idle = {
+            ("algorithm", "reptile"): ("order",),
+            ("network", "siren"): ("features", "scale"),
+            ("network", "fourier"): ("w0",),
+            ("data", "text"): ("validation", "test", "group"),
+        }
+        standing = {f.name: f.default for f in dataclasses.fields(self)}
+        for (option, chosen), names in idle.items():
+            for name in names if getattr(self, option) == chosen else ():
+                if getattr(self, name) != standing[name]:
+                    came = f"{name} is {getattr(self, name)!r} with {option} {chosen}"
+                    raise ValueError(f"train: {came}, where it has no effect; accepted is without")
 
 
 def at_least(op: str, options: object, least: int, *names: str) -> None:

@@ -60,6 +60,10 @@ BAD = [
         ),
         "do not go with Project",
     ),
+    (
+        lambda: fm.Batch(X, Y, seed=torch.zeros(2, dtype=torch.int64, device="meta")),
+        "seed is on meta, y on cpu; both must agree",
+    ),
     (lambda: fm.Project(torch.rand(3)), r"angles has shape \(3,\); accepted is \[T,A\]"),
     (lambda: fm.Project(torch.full((1, 2), math.nan)), "NaN or infinity"),
     (lambda: rays(near=2.0), "near is 2.0, far is 2.0; accepted are finite numbers, near < far"),
@@ -96,6 +100,8 @@ def test_ops_refuse_batches_of_another_network():
             fm.loss_grad(net, p, batch)
     with pytest.raises(ValueError, match="params has 3 rows for 2 tasks"):
         fm.loss_grad(net, torch.zeros(3, net.num_params), fm.Batch(torch.rand(9, 3), Y))
+    with pytest.raises(ValueError, match="loss_hvp: v has 3 columns, the network has"):
+        fm.loss_hvp(net, p, torch.zeros(3), fm.Batch(torch.rand(9, 3), Y))
     with pytest.raises(TypeError, match="batch is a tuple; accepted is a fastmeta.Batch"):
         fm.loss_grad(net, p, (X, Y))
 

@@ -258,7 +258,7 @@ def test_one_adam_step_on_the_meta_gradient_lowers_the_loss(impl):
         ({"order": 3}, "MAML: order is 3; accepted are 1 and 2"),
         ({"inner_steps": 0}, "MAML: steps is 0; accepted is an integer >= 1"),
         ({"rule": "lion"}, "rule is 'lion'; accepted are sgd, momentum, adam, meta_sgd"),
-        ({"init": torch.zeros(3)}, "params has 3 columns, the network has"),
+        ({"init": torch.zeros(3)}, "MAML: init has 3 columns, the network has"),
         ({"max_memory": -1}, "max_memory is -1"),
     ],
 )

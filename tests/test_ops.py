@@ -492,6 +492,11 @@ def test_render_gradients(impl):
         return fm.render(net, p, fm.Rays(o, d, 0.5, 2.0), march, impl=impl)
 
     assert gradcheck(f, (p, o, d), atol=1e-6)
+    for bad in ([1, 2], torch.tensor([1]), torch.tensor([1.0, 2.0])):
+        with pytest.raises(
+            ValueError, match=r"render: seed is .*; accepted is an int64 tensor \[2\]"
+        ):
+            fm.render(net, p, fm.Rays(o, d, 0.5, 2.0), march, seed=bad, impl=impl)
     with pytest.raises(ValueError, match="the network is 2 -> 3; accepted is 3 -> 4"):
         fm.render(fm.siren(2, 3), p, fm.Rays(o, d, 0.5, 2.0), march, impl=impl)
 

@@ -46,7 +46,7 @@ def config(out, **changes):
     }
     small |= {"iterations": 10, "validate_every": 4, "validate_images": 3}
     small |= {"save_every": 3, "log_every": 2, "device": "cpu"}
-    return tr.Config(data="text", out=Path(out), **(small | changes))
+    return tr.Config(out=Path(out), **({"data": "text"} | small | changes))
 
 
 def arguments(config):
@@ -275,16 +275,22 @@ def test_a_failed_start_leaves_nothing_in_the_way(tmp_path):
     assert tr.train(dataclasses.replace(options, iterations=0)).exists()
 
 
-def test_resume_takes_every_option_of_the_run(tmp_path, monkeypatch):
-    changed = {"order": 1, "iterations": 12, "tasks": 1, "inner_steps": 3, "inner_lr": 0.02}
+@pytest.mark.parametrize("network", ["fourier", "siren"])
+def test_resume_takes_every_option_of_the_run(network, tmp_path, monkeypatch):
+    images = np.random.default_rng(0).random((20, 13, 13, 3))
+    np.savez(tmp_path / "a.npz", images=images, names=[f"{i // 2}.png" for i in range(20)])
+    changed = {"data": str(tmp_path / "a.npz"), "network": network}
+    changed |= {"order": 1, "iterations": 12, "tasks": 1, "inner_steps": 3, "inner_lr": 0.02}
     changed |= {"algorithm": "maml", "rule": "momentum", "lr": 2e-3, "clip": 0.5, "per_step": 50}
-    changed |= {"size": 13, "channels": 3, "network": "fourier", "width": 12, "depth": 4}
-    changed |= {"features": 7, "scale": 3.0, "w0": 20.0, "validation": 0.2, "test": 0.3}
-    changed |= {"group": "(.)", "validate_every": 5, "validate_images": 2, "save_every": 6}
+    changed |= {"size": 13, "channels": 3, "width": 12, "depth": 4}
+    own = {"fourier": {"features": 7, "scale": 3.0, "w0": 100.0}, "siren": {"w0": 20.0}}[network]
+    changed |= own | {"validation": 0.2, "test": 0.3}
+    changed |= {"group": r"(\d+)\.", "validate_every": 5, "validate_images": 2, "save_every": 6}
     changed |= {"log_every": 1, "seed": 9, "threads": 1, "impl": "reference", "precision": "fp32"}
     changed |= {"max_memory": 10**6}
     options = config(tmp_path / "run", **changed)
-    same = {"algorithm", "channels"}  # reptile has no order; text has colours
+    same = {"algorithm", "channels"}  # reptile has no order; the images have colours
+    same |= {"fourier": {"w0"}, "siren": {"network", "features", "scale"}}[network]
     for field in dataclasses.fields(options):
         assert getattr(options, field.name) != field.default or field.name in same | {"resume"}
     stopped(monkeypatch, options, 4)
@@ -493,7 +499,21 @@ def test_reptile_learns_no_rates(tmp_path):
 def test_a_set_without_validation_is_refused(tmp_path):
     images = torch.rand(3, 12, 12, 3).numpy()
     np.save(tmp_path / "a.npy", images)
-    options = config(tmp_path / "run", validation=0.0)
+    options = config(tmp_path / "run", data=str(tmp_path / "a.npy"), validation=0.0)
     with pytest.raises(ValueError, match="0 to validate; accepted is at least one of each"):
-        tr.train(dataclasses.replace(options, data=str(tmp_path / "a.npy")))
+        tr.train(options)
     assert not options.out.exists()
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"algorithm": "reptile", "order": 1}, "order is 1 with algorithm reptile"),
+        ({"features": 64}, "features is 64 with network siren"),
+        ({"network": "fourier", "w0": 30.0}, "w0 is 30.0 with network fourier"),
+        ({"group": "(a)"}, "group is '(a)' with data text"),
+    ],
+)
+def test_an_option_without_effect_is_refused(given, said, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"train: {said}, where it has no effect")):
+        tr.Config(**{"data": "text", "out": tmp_path, **given})

@@ -99,7 +99,7 @@ def start(op: str, net: MLP, init: Tensor | None) -> nn.Parameter:
     if init is None:
         return nn.Parameter(net.init()[0])
     init = dispatch.tensor(op, "init", init, dims=(1,))
-    return nn.Parameter(dispatch.parameters(op, net, init)[0].detach().clone())
+    return nn.Parameter(dispatch.parameters(op, net, init, name="init")[0].detach().clone())
 
 
 def hold_rate(module: Any, inner_lr: float | Tensor) -> None:

@@ -87,7 +87,7 @@ def loss_hvp(
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
     rows, case = dispatch.task_case("loss_hvp", net, params, batch, precision, order=2)
-    direction = dispatch.parameters("loss_hvp v", net, v, batch.tasks)
+    direction = dispatch.parameters("loss_hvp", net, v, batch.tasks, "v")
     dispatch.agree("loss_hvp", params=rows, v=direction)
     direction = direction.detach().expand(batch.tasks, -1)
     rows = rows.detach().expand(batch.tasks, -1)

@@ -135,19 +135,21 @@ def network(op: str, net: Any) -> MLP:
     return net
 
 
-def parameters(op: str, net: MLP, params: Any, tasks: int | None = None) -> Tensor:
-    """params as [T,P], or [1,P] where one set is shared; a view."""
-    params = tensor(op, "params", params, dims=(1, 2))
+def parameters(
+    op: str, net: MLP, params: Any, tasks: int | None = None, name: str = "params"
+) -> Tensor:
+    """params (or what else has its shape, by name) as [T,P], or [1,P] where shared; a view."""
+    params = tensor(op, name, params, dims=(1, 2))
     if params.shape[-1] != net.num_params:
         raise ValueError(
-            f"{op}: params has {params.shape[-1]} columns, the network has {net.num_params} "
+            f"{op}: {name} has {params.shape[-1]} columns, the network has {net.num_params} "
             "parameters"
         )
     if params.dim() == 1:
         return params[None]
     if params.shape[0] == 0 or (tasks is not None and params.shape[0] not in (1, tasks)):
         raise ValueError(
-            f"{op}: params has {params.shape[0]} rows for {tasks} tasks; accepted are [P] and [T,P]"
+            f"{op}: {name} has {params.shape[0]} rows for {tasks} tasks; accepted are [P] and [T,P]"
         )
     return params
 

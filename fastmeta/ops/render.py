@@ -98,10 +98,12 @@ def render(
             f"render: the network is {net.in_features} -> {net.out_features}; accepted is 3 -> 4"
         )
     T, R = rays.origins.shape[:2]
-    if seed is not None and (seed.shape != (T,) or seed.dtype != torch.int64):
-        raise ValueError(
-            f"render: seed has shape {tuple(seed.shape)}, {seed.dtype}; accepted is int64 [{T}]"
-        )
+    if seed is not None:
+        if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape != (T,):
+            raise ValueError(f"render: seed is {seed!r}; accepted is an int64 tensor [{T}]")
+        if seed.device != rays.origins.device:
+            came = f"seed is on {seed.device}, the rays on {rays.origins.device}"
+            raise ValueError(f"render: {came}; both must agree")
     t = ray_times(rays, march, seed, 0)  # [T,R,S]
     x = rays.origins[:, :, None] + t[..., None] * rays.directions[:, :, None]  # [T,R,S,3]
     raw = mlp(net, params, x.flatten(1, 2), impl=impl, precision=precision)
