@@ -1,15 +1,69 @@
-"""What pyproject.toml cannot say: the kernels' sources travel inside the package, as fastmeta/csrc.
+"""What pyproject.toml cannot say: the CPU kernels, compiled once per instruction set; and their sources, which travel
+inside the package as fastmeta/csrc.
 
-They are headers that the compiled workers are built from, at install time or on first use.
+Without a C++ compiler the package installs all the same, and ``fastmeta info`` says what is missing.
+FASTMETA_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see ``make asan``); MAX_JOBS bounds the
+compilers that run at a time.
 """
 
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("csrc")
 FOLDERS = {p.parent for p in SOURCES.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")}
 NAMES = {".".join(["fastmeta", *folder.parts]): str(folder) for folder in sorted(FOLDERS)}
+
+SANITIZE = os.environ.get("FASTMETA_SANITIZE", "0") not in ("", "0")
+# no -ffast-math: the argument reductions count on the order of operations
+FLAGS = ["-std=c++17", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-O1", "-g", "-fsanitize=address,undefined"] if SANITIZE else ["-O3", "-g0"]
+# never -march=native: the instruction set is chosen when the module runs
+ISAS = {
+    "isa_baseline.cpp": [],
+    "isa_avx2.cpp": ["-march=x86-64-v3"],
+    "isa_avx512.cpp": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+}
+if platform.machine() not in ("x86_64", "AMD64"):
+    ISAS = {"isa_baseline.cpp": []}
+
+
+class BuildKernels(build_ext):
+    """Compiles each file with its own flags, several at a time."""
+
+    def build_extension(self, ext):
+        import pybind11
+
+        flags = {str(SOURCES / "cpu" / name): extra for name, extra in ISAS.items()}
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+        def one(source):
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=[pybind11.get_include()],
+                extra_postargs=[*FLAGS, *flags.get(source, [])],
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = [o for made in pool.map(one, ext.sources) for o in made]
+        extra = ["-fopenmp", *(["-fsanitize=address,undefined"] if SANITIZE else ["-s"])]
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=extra, target_lang="c++"
+        )
+
+
+KERNELS = Extension(
+    "fastmeta._cpu",
+    sorted([str(SOURCES / "cpu" / name) for name in ISAS] + [str(SOURCES / "cpu" / "binding.cpp")]),
+    depends=sorted(str(p) for p in SOURCES.rglob("*.h")),
+    optional=True,
+)
 
 setup(
     packages=[*find_packages(include=["fastmeta*"]), *NAMES],
@@ -18,4 +72,6 @@ setup(
         "fastmeta": ["py.typed", "starts/*.safetensors"],
         **{name: ["*.h", "*.cpp", "*.cu", "*.cuh"] for name in NAMES},
     },
+    ext_modules=[KERNELS],
+    cmdclass={"build_ext": BuildKernels},
 )

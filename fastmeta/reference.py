@@ -786,8 +786,38 @@ def adam_update(
     return m / (c1 * D), D, r, c1, c2
 
 
+class Trajectory(NamedTuple):
+    """What an inner loop leaves behind: θ_K [T,P], losses [K,T], and where they were asked for
+    θ_0..θ_K [K+1,T,P], states 0..K, updates u [K,T,P]."""
+
+    theta: Tensor
+    losses: Tensor
+    thetas: Tensor | None
+    states: list[State]
+    updates: Tensor | None
+
+
 @exact
 def adapt(
+    net: MLP,
+    params: Tensor,
+    batch: Batch,
+    lr: Tensor,
+    rule: Rule,
+    *,
+    keep: bool = False,
+    max_memory: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """K inner steps of every task from params [T or 1,P], rates lr [K,T,P] (broadcast views
+    welcome).
+
+    Returns (θ_K [T,P], losses [K,T], θ_0..θ_K [K+1,T,P] if keep); losses[k] = L_k(θ_k), before
+    step k.
+    """
+    return inner_loop(net, params, batch, lr, rule, keep=keep, max_memory=max_memory)[:3]
+
+
+def inner_loop(
     net: MLP,
     params: Tensor,
     batch: Batch,
@@ -798,13 +828,8 @@ def adapt(
     keep_state: bool = False,
     keep_updates: bool = False,
     max_memory: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, list[State], Tensor | None]:
-    """K inner steps of every task from params [T or 1,P], rates lr [K,T,P] (broadcast views
-    welcome).
-
-    Returns (θ_K [T,P], losses [K,T], θ_0..θ_K [K+1,T,P] if keep, states 0..K if keep_state, u
-    [K,T,P] if keep_updates); losses[k] = L_k(θ_k), before step k.
-    """
+) -> Trajectory:
+    """``θ_{k+1} = θ_k − α_k ⊙ u_k`` for K steps."""
     K, T, P = lr.shape
     theta = params.expand(T, P)
     losses = theta.new_empty(K, T)
@@ -824,7 +849,9 @@ def adapt(
             updates[k] = u
     if thetas is not None:
         thetas[K] = theta
-    return theta.contiguous() if K else theta.clone(), losses, thetas, states, updates
+    return Trajectory(
+        theta.contiguous() if K else theta.clone(), losses, thetas, states, updates
+    )
 
 
 # Meta-gradients: walking back over the inner steps ---
@@ -869,6 +896,52 @@ def rule_adjoint(
 
 
 @exact
+def maml(
+    net: MLP,
+    init: Tensor,
+    batch: Batch,
+    lr: Tensor,
+    rule: Rule,
+    *,
+    order: int,
+    learned: Tensor | None = None,
+    max_memory: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """K inner steps from init [1,P], then back: (query losses [T], the gradient of their mean [P],
+    and that of the rates in the shape of learned).
+
+    ``λ_K = ∇L_query(θ_K) / T``; the query's draws are those of step K. First order: ``λ_0 = λ_K``.
+    """
+    second, K = order == 2, lr.shape[0]
+    loop = inner_loop(
+        net,
+        init,
+        batch,
+        lr,
+        rule,
+        keep=second,
+        keep_state=second
+        and (isinstance(rule, Adam) or (learned is not None and isinstance(rule, Momentum))),
+        keep_updates=not second and learned is not None,
+        max_memory=max_memory,
+    )
+    query = batch if batch.query is None else batch.query
+    loss, lam = loss_grad(net, loop.theta, query, K, max_memory)
+    lam = lam / batch.tasks
+    rates = None
+    if second:
+        assert loop.thetas is not None
+        lam, rates = walk(
+            net, loop.thetas, loop.states, batch, lr, rule, lam, learned, max_memory
+        )
+    elif learned is not None:
+        assert loop.updates is not None
+        rates = torch.zeros_like(learned)
+        for k, u in enumerate(loop.updates):
+            _add_rates(rates, k, -lam * u)
+    return loss, lam.sum(0), rates
+
+
 def walk(
     net: MLP,
     thetas: Tensor,
@@ -903,15 +976,6 @@ def walk(
         if decay:
             lam = lam + decay * gbar
     return lam, rates
-
-
-@exact
-def first_order_rates(updates: Tensor, lam: Tensor, learned: Tensor) -> Tensor:
-    """The rates' gradient in first order, ``ā_k = −λ_K ⊙ u_k``: u [K,T,P], λ_K [T,P]."""
-    rates = torch.zeros_like(learned)
-    for k, u in enumerate(updates):
-        _add_rates(rates, k, -lam * u)
-    return rates
 
 
 def _add_rates(rates: Tensor, k: int, part: Tensor) -> None:

@@ -5,13 +5,7 @@
 // The twin of fastmeta/rng.py; tests/test_csrc.py compares the two. Salmon et al., SC 2011.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define FM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FM_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "scalar.h"
 
 namespace fastmeta {
 

@@ -21,9 +21,9 @@ class MAML(nn.Module):
     ``loss = mean_t L_query(θ_K)``, ``θ_{k+1} = θ_k − α_k ⊙ u_k(∇L_k(θ_k))``, ``θ_0 = init`` for
     every task.
     Order 2 is exact for every rule: θ_0..θ_K are stored and ``λ_k = λ_{k+1} + H_k ḡ_k`` is walked
-        back, one
-    Hessian-vector product a step, without a double-backward graph. Order 1 (FOMAML) takes ``λ_0 =
-    λ_K``.
+    back, one Hessian-vector product a step, without a double-backward graph. Order 1 (FOMAML) takes
+    ``λ_0 = λ_K``. Where ``init`` or the rates ask for a gradient, it is computed together with the
+    loss, and ``backward`` only scales it: evaluate under ``torch.no_grad()``.
 
     Args:
         net: the network's specification.
@@ -122,41 +122,38 @@ class _Plan(NamedTuple):
 
 
 class _MetaLoss(torch.autograd.Function):
-    """The loss after the inner loop; λ_K comes with it, the walk back happens in backward."""
+    """The loss after the inner loop. Where a gradient is wanted, the meta-gradient comes with it in
+    one call of the worker, so that a task's trajectory need not outlive the task; backward scales
+    it."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, init: Tensor, learned: Tensor | None) -> Tensor:
         worker, net, batch, lr, rule, order, memory = plan
         _, want_init, want_rate = ctx.needs_input_grad
-        second = order == 2 and (want_init or want_rate)
-        theta, _, thetas, states, updates = worker.adapt(
+        if not (want_init or want_rate):
+            theta = worker.adapt(net, init[None], batch, lr, rule, max_memory=memory)[0]
+            query = batch if batch.query is None else batch.query
+            return worker.loss(net, theta, query, lr.shape[0], memory).mean()
+        loss, ginit, grates = worker.maml(
             net,
             init[None],
             batch,
             lr,
             rule,
-            keep=second,
-            keep_state=second
-            and (rule.name == "adam" or (want_rate and isinstance(rule, Momentum))),
-            keep_updates=order == 1 and want_rate,
+            order=order,
+            learned=learned if want_rate else None,
             max_memory=memory,
         )
-        query = batch if batch.query is None else batch.query
-        if not (want_init or want_rate):
-            return worker.loss(net, theta, query, lr.shape[0], memory).mean()
-        loss, lam = worker.loss_grad(net, theta, query, lr.shape[0], memory)
-        ctx.plan, ctx.states = plan, states
-        ctx.save_for_backward(init, lam, thetas, updates, learned)
+        ctx.save_for_backward(init, ginit, grates)
         return loss.mean()
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple:
-        learned = ctx.saved_tensors[-1] if ctx.needs_input_grad[2] else None
-        ginit, glr = _Walk.apply(ctx.plan, ctx.states, cotangent, *ctx.saved_tensors[:-1], learned)
-        return None, ginit, glr
+        ginit, grates = _MetaGradient.apply(cotangent, *ctx.saved_tensors)
+        return None, ginit, grates
 
 
-class _Walk(torch.autograd.Function):
+class _MetaGradient(torch.autograd.Function):
     """The meta-gradient times the incoming cotangent; it has no derivative of its own.
 
     ``init`` is an input so that a graph through this node leads to the error, not to nothing.
@@ -164,23 +161,9 @@ class _Walk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        plan: _Plan,
-        states: list,
-        cotangent: Tensor,
-        init: Tensor,
-        lam: Tensor,
-        thetas: Tensor | None,
-        updates: Tensor | None,
-        learned: Tensor | None,
+        ctx: Any, cotangent: Tensor, init: Tensor, ginit: Tensor, grates: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        worker, net, batch, lr, rule, order, memory = plan
-        lam = lam * (cotangent / batch.tasks)
-        if order == 2:
-            lam, rates = worker.walk(net, thetas, states, batch, lr, rule, lam, learned, memory)
-        else:
-            rates = None if learned is None else worker.first_order_rates(updates, lam, learned)
-        return lam.sum(0), rates
+        return cotangent * ginit, None if grates is None else cotangent * grates
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple:

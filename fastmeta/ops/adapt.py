@@ -140,7 +140,7 @@ def adapt(
     rates = expand_rates("adapt", lr, check_steps("adapt", steps, 0), batch.tasks, rows)
     memory = check_memory("adapt", max_memory)
     worker = dispatch.choose(case, impl)
-    theta, losses, thetas, _, _ = worker.adapt(
+    theta, losses, thetas = worker.adapt(
         net, rows.detach(), batch, rates.detach(), rule, keep=keep, max_memory=memory
     )
     outputs = (theta, losses) if thetas is None else (theta, losses, thetas)

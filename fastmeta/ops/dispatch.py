@@ -57,7 +57,9 @@ def load(name: str) -> tuple[Any, str | None]:
         return None, f"{module} needs the package {error.name!r}: pip install {error.name}"
     except ImportError as error:
         return None, f"{module} does not load: {error}"
-    worker = worker if attribute is None else getattr(worker, attribute)
+    worker = worker if attribute is None else getattr(worker, attribute, None)
+    if worker is None:
+        return None, f"this version of fastmeta has no {name} worker"
     reason = getattr(worker, "unavailable", lambda: None)()
     return (worker, None) if reason is None else (None, reason)
 

@@ -1,0 +1,246 @@
+// Pack<T>: one SIMD register of float or double, for the instruction set this file is compiled for.
+//
+// GCC vector extensions only, so that one source serves SSE2, AVX2, AVX-512 and NEON. float has vector versions of
+// the elementary functions, good to about one rounding of float32; double takes libm lane by lane (it is there to
+// check gradients).
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "../math/scalar.h"
+
+#if !defined(FM_ISA) || !defined(FM_VECTOR_BYTES)
+#error "compile one of cpu/isa_*.cpp"
+#endif
+
+namespace fastmeta {
+namespace FM_ISA {
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;
+#endif
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float V __attribute__((vector_size(FM_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(FM_VECTOR_BYTES)));
+  typedef float U __attribute__((vector_size(FM_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct Lanes<double> {
+  typedef double V __attribute__((vector_size(FM_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(FM_VECTOR_BYTES)));
+  typedef double U __attribute__((vector_size(FM_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+template <class T>
+struct Pack {
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  static constexpr int kLanes = FM_VECTOR_BYTES / sizeof(T);
+  V v;
+
+  Pack() = default;
+  FM_HOST_DEVICE Pack(V x) : v(x) {}
+  FM_HOST_DEVICE Pack(T x) : v(x - V{}) {}
+  template <class N>
+  FM_HOST_DEVICE explicit Pack(N x) : v(static_cast<T>(x) - V{}) {}
+};
+
+#define FM_PACK template <class T> FM_HOST_DEVICE
+FM_PACK Pack<T> load(const T* p) { return Pack<T>(*reinterpret_cast<const typename Pack<T>::V*>(p)); }
+FM_PACK Pack<T> load_unaligned(const T* p) {
+  return Pack<T>((typename Pack<T>::V)(*reinterpret_cast<const typename Lanes<T>::U*>(p)));
+}
+FM_PACK void store(T* p, Pack<T> x) { *reinterpret_cast<typename Pack<T>::V*>(p) = x.v; }
+FM_PACK void store_unaligned(T* p, Pack<T> x) { *reinterpret_cast<typename Lanes<T>::U*>(p) = x.v; }
+
+FM_PACK Pack<T> operator+(Pack<T> x, Pack<T> y) { return x.v + y.v; }
+FM_PACK Pack<T> operator-(Pack<T> x, Pack<T> y) { return x.v - y.v; }
+FM_PACK Pack<T> operator*(Pack<T> x, Pack<T> y) { return x.v * y.v; }
+FM_PACK Pack<T> operator/(Pack<T> x, Pack<T> y) { return x.v / y.v; }
+FM_PACK Pack<T> operator-(Pack<T> x) { return -x.v; }
+
+template <class T>
+struct Mask {
+  typename Pack<T>::I bits;
+};
+FM_PACK Mask<T> operator>(Pack<T> x, Pack<T> y) { return {(typename Pack<T>::I)(x.v > y.v)}; }
+FM_PACK Mask<T> operator<(Pack<T> x, Pack<T> y) { return {(typename Pack<T>::I)(x.v < y.v)}; }
+FM_PACK Mask<T> operator<=(Pack<T> x, Pack<T> y) { return {(typename Pack<T>::I)(x.v <= y.v)}; }
+FM_PACK Pack<T> select(Mask<T> m, Pack<T> x, Pack<T> y) { return Pack<T>((typename Pack<T>::V)(m.bits ? x.v : y.v)); }
+FM_PACK Pack<T> abs(Pack<T> x) { return select(x < Pack<T>(T(0)), -x, x); }
+FM_PACK T sum(Pack<T> x) {  // lanes in order
+  T s = 0;
+  for (int i = 0; i < Pack<T>::kLanes; ++i) s += x.v[i];
+  return s;
+}
+// Lanes first..: 0, 1, 2, …
+FM_PACK Mask<T> below(int64_t count) {
+  typename Pack<T>::I b;
+  for (int i = 0; i < Pack<T>::kLanes; ++i) b[i] = i < count ? -1 : 0;
+  return {b};
+}
+#undef FM_PACK
+
+// double: libm, lane by lane ---
+
+#define FM_EACH(name)                                                                       \
+  FM_HOST_DEVICE Pack<double> name(Pack<double> x) {                                        \
+    for (int i = 0; i < Pack<double>::kLanes; ++i) x.v[i] = fastmeta::name(double(x.v[i])); \
+    return x;                                                                               \
+  }
+FM_EACH(exp)
+FM_EACH(expm1)
+FM_EACH(log1p)
+FM_EACH(tanh)
+FM_EACH(erfc)
+FM_EACH(sqrt)
+#undef FM_EACH
+FM_HOST_DEVICE void sincos(Pack<double> x, Pack<double>& s, Pack<double>& c) {
+  for (int i = 0; i < Pack<double>::kLanes; ++i) {
+    s.v[i] = ::sin(x.v[i]);
+    c.v[i] = ::cos(x.v[i]);
+  }
+}
+
+// float ---
+
+using F = Pack<float>;
+using FV = F::V;
+using FI = F::I;
+
+// Horner, lowest coefficient first.
+FM_HOST_DEVICE FV horner(FV, float c0) { return c0 - FV{}; }
+template <class... C>
+FM_HOST_DEVICE FV horner(FV x, float c0, C... rest) {
+  return horner(x, rest...) * x + c0;
+}
+
+FM_HOST_DEVICE F sqrt(F x) {
+  for (int i = 0; i < F::kLanes; ++i) x.v[i] = __builtin_sqrtf(x.v[i]);
+  return x;
+}
+
+// Phases that the two-term reduction does not reach: NaN, infinity, |x| above kPhaseLimit.
+constexpr float kPhaseLimit = 16384.0f;
+FM_HOST_DEVICE bool any_far(FV x) {
+  const FI near = (FI)(((FV)((FI)x & 0x7fffffff)) <= kPhaseLimit);
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)near) != 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)near) != 0xff;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)near) != 0xf;
+#elif defined(__aarch64__)
+  return vminvq_u32((uint32x4_t)near) == 0;
+#else
+  for (int i = 0; i < F::kLanes; ++i)
+    if (!near[i]) return true;
+  return false;
+#endif
+}
+__attribute__((noinline)) static void sincos_far(const float* x, float* s, float* c) {
+  for (int i = 0; i < F::kLanes; ++i) {
+    s[i] = static_cast<float>(::sin(static_cast<double>(x[i])));
+    c[i] = static_cast<float>(::cos(static_cast<double>(x[i])));
+  }
+}
+
+// r = x − kπ in [−π/2, π/2], then sin x = (−1)^k sin r, cos x = (−1)^k cos r. With fused multiply-add, x − k·π₁ is
+// exact for |k| < 2^13; without, π comes in parts of 11 bits whose products with k are exact. Polynomials: minimax,
+// 4.6e-9 and 2.4e-10; with rounding, below 1e-7 for |x| <= 1e4.
+FM_HOST_DEVICE void sincos_near(FV x, FV& s, FV& c) {
+  const FV shifted = x * 0x1.45f306p-2f + 0x1.8p+23f;  // round(x/π) in the low bits of the mantissa
+  const FV k = shifted - 0x1.8p+23f;
+  FV r;
+  if constexpr (kHasFma) {
+    r = x - k * 0x1.921fb6p+1f;
+    r = r - k * -0x1.777a5cp-24f;
+  } else {
+    r = x - k * 0x1.92p+1f;
+    r = r - k * 0x1.fb4p-11f;
+    r = r - k * 0x1.444p-23f;
+    r = r - k * 0x1.68cp-38f;
+  }
+  const FI odd = (FI)shifted << 31;
+  const FV q = r * r;
+  const FV sine = r + r * q * horner(q, -0.166666567f, 0.00833301712f, -0.000198066002f, 2.6000223e-06f);
+  const FV cosine = horner(q, 1.0f, -0.5f, 0.0416666418f, -0.00138884038f, 2.476187e-05f, -2.60768047e-07f);
+  s = (FV)((FI)sine ^ odd);
+  c = (FV)((FI)cosine ^ odd);
+}
+
+FM_HOST_DEVICE void sincos(F x, F& s, F& c) {
+  if (__builtin_expect(any_far(x.v), 0)) {
+    alignas(FM_VECTOR_BYTES) float buffer[3][F::kLanes];
+    store(buffer[0], x);
+    sincos_far(buffer[0], buffer[1], buffer[2]);
+    s = load(buffer[1]);
+    c = load(buffer[2]);
+  } else {
+    sincos_near(x.v, s.v, c.v);
+  }
+}
+
+// 2^k for integer-valued k in [-250, 250], in two factors, so that results may be subnormal or infinite.
+FM_HOST_DEVICE void scale_parts(FV k, FV& a, FV& b) {
+  const FI whole = __builtin_convertvector(k, FI), half = whole >> 1;
+  a = (FV)((half + 127) << 23);
+  b = (FV)((whole - half + 127) << 23);
+}
+
+// k = round(x / ln 2), r = x − k ln 2, expm1(r) by a minimax polynomial (1.3e-8 relative).
+FM_HOST_DEVICE void exp_parts(FV x, FV& p, FV& a, FV& b) {
+  x = x > 120.0f ? FV{} + 120.0f : x;
+  x = x < -120.0f ? FV{} - 120.0f : x;
+  const FV k = (x * 0x1.715476p+0f + 0x1.8p+23f) - 0x1.8p+23f;
+  FV r = x - k * 0x1.62e4p-1f;  // 15 bits: exact
+  r = r - k * 0x1.7f7d1cp-20f;
+  p = r + r * r * horner(r, 0.5f, 0.166665435f, 0.0416662805f, 0.00836661085f, 0.00139464904f);
+  scale_parts(k, a, b);
+}
+FM_HOST_DEVICE F exp(F x) {
+  FV p, a, b;
+  exp_parts(x.v, p, a, b);
+  return F((p * a + a) * b);
+}
+FM_HOST_DEVICE F expm1(F x) {
+  FV p, a, b;
+  exp_parts(x.v, p, a, b);
+  const FV scale = a * b;  // for x > 88 both parts reach infinity
+  return select(F(scale) > F(1e38f), F(FV{} + INFINITY), F(p * scale + (scale - 1.0f)));
+}
+FM_HOST_DEVICE F tanh(F x) {
+  const F two = select(x < F(-15.0f), F(-30.0f), select(x > F(15.0f), F(30.0f), x + x));
+  const F e = expm1(two);
+  return e / (e + F(2.0f));
+}
+// For u in [0, 1]: 2 atanh(w), w = u / (2 + u) <= 1/3.
+FM_HOST_DEVICE F log1p(F u) {
+  const FV w = u.v / (u.v + 2.0f), q = w * w;
+  return F(2.0f * (w + w * q * horner(q, 0.333333373f, 0.19999437f, 0.143085182f, 0.107129246f, 0.121541657f)));
+}
+// exp(−x²) Q(t), t = (|x| − 2) / (|x| + 2), Q minimax to 6e-9 relative on [0, 10.2]; 2 − that for x < 0.
+FM_HOST_DEVICE F erfc(F x) {
+  const F size = select(abs(x) > F(10.1f), F(10.1f), abs(x));
+  const FV t = (size.v - 2.0f) / (size.v + 2.0f);
+  const FV q = horner(t, 0.255395681f, -0.427185863f, 0.241658255f, -0.0789779946f, 0.0037316978f, 0.00699244486f,
+                      -0.000840866356f, -0.000962623046f, 3.27601992e-05f, 0.000138116797f, 2.65396611e-05f);
+  const F tail = F(q) * exp(-(size * size));
+  return select(x < F(0.0f), F(2.0f) - tail, tail);
+}
+
+}  // namespace FM_ISA
+}  // namespace fastmeta

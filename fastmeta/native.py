@@ -1,0 +1,443 @@
+"""The compiled workers' border: tensors become pointers, strides and plain structs; nothing else.
+
+``cpu`` runs float32 and float64 on the processor, many tasks at once, with torch's number of threads. The same
+number of threads gives the same bits; another number adds the points' gradients in another order.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import batch as _batch
+from . import env
+from . import rules as _rules
+from . import spec as _spec
+from .batch import Batch, March, Project, Rays
+from .rules import Adam, Momentum, Rule
+from .spec import MLP
+
+# Bytes of activations kept between the passes of one call where max_memory is None.
+DEFAULT_MEMORY = 2**30
+
+_BUILD = (
+    "it is compiled when fastmeta is installed and needs GCC 10 or newer (Debian: apt install g++); then "
+    "pip install --force-reinstall --no-deps --no-cache-dir fastmeta"
+)
+
+
+@lru_cache(maxsize=1)
+def _library() -> ModuleType:
+    """The compiled module, its lists compared with ours."""
+    library = importlib.import_module("fastmeta._cpu")
+    ours = {
+        "ACTIVATIONS": _spec.ACTIVATIONS,
+        "OUTPUTS": _spec.OUTPUTS,
+        "LOSSES": _batch.LOSSES,
+        "MEASURES": ("none", "project", "march"),
+        "RULES": tuple(_rules.RULES),
+    }
+    for name, names in ours.items():
+        if getattr(library, name) != names:
+            raise ImportError(
+                f"fastmeta._cpu lists {name} as {getattr(library, name)}, fastmeta {names}: it was built from other "
+                f"sources; {_BUILD}"
+            )
+    return library
+
+
+class _Cpu:
+    """The worker: whether it is there, what it takes, and its passes."""
+
+    def __init__(self) -> None:
+        self._passes: Passes | None = None
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine, or None."""
+        try:
+            isas = _library().isas()
+        except ImportError as error:
+            missing = getattr(error, "name", None) == "fastmeta._cpu"
+            return f"not compiled: {_BUILD}" if missing else f"fastmeta._cpu does not load: {error}"
+        named = env.isa()
+        if named is not None and named not in isas:
+            return f"FASTMETA_ISA is {named!r}; this processor runs {', '.join(isas)}"
+        return None
+
+    def objections(self, case: Any) -> list[str]:
+        """Why it cannot run a case of the dispatcher; empty: it can."""
+        reasons = []
+        if case.device != "cpu":
+            reasons.append(f"device {case.device} (cpu only)")
+        if case.dtype not in (torch.float32, torch.float64):
+            reasons.append(f"dtype {case.dtype} (float32 and float64 only)")
+        if case.precision not in (None, "fp32"):
+            reasons.append(f"precision {case.precision!r} (fp32 only; float64 by the tensors' dtype)")
+        if case.net is not None and case.net.depth > _library().MAX_DEPTH:
+            reasons.append(f"depth {case.net.depth} ({_library().MAX_DEPTH} at most)")
+        return reasons
+
+    def at(self, precision: str | None) -> Passes:
+        """The passes; there is one arithmetic for each dtype."""
+        return self.passes
+
+    @property
+    def passes(self) -> Passes:
+        if self._passes is None:
+            self._passes = Passes(env.isa() or _library().isas()[0])
+        return self._passes
+
+
+cpu = _Cpu()
+
+
+def fma_peak(threads: int, isa: str | None = None, seconds: float = 0.3) -> float:
+    """GFLOP/s of float32 multiply-adds in registers: the roof of the CPU kernels, measured now."""
+    return _library().fma_peak(isa or cpu.passes.isa, threads, seconds)
+
+
+# Structs ---
+
+
+@lru_cache(maxsize=256)
+def _network(net: MLP, dtype: torch.dtype) -> tuple[Any, tuple]:
+    """The specification as a struct, and the tensors it points to."""
+    library = _library()
+    n = library.Network()
+    n.out, n.width, n.depth = net.out_features, net.width, net.depth
+    setattr(n, "in", net.in_features)
+    n.activation = _spec.ACTIVATIONS.index(net.activation)
+    n.output = _spec.OUTPUTS.index(net.output)
+    n.w0, n.w0_first, n.shift = net.w0, net.w0_first, net.output_shift
+    if net.encoding is None:
+        return n, ()
+    B, phi, D = net.encoding.B.to(dtype), net.encoding.phi.to(dtype), net.in_features
+    if net.encoding.include_input:  # coordinates are features too: the first D columns
+        B, phi = torch.cat([torch.eye(D, dtype=dtype), B], 1), torch.cat([B.new_zeros(D), phi])
+        n.identity = D
+    B, phi = B.contiguous(), phi.contiguous()
+    n.encoded, n.basis, n.phase = net.encoded_features, B.data_ptr(), phi.data_ptr()
+    return n, (B, phi)
+
+
+class _Call:
+    """A job under construction, and the tensors it points to."""
+
+    def __init__(self, op: str, net: MLP, dtype: torch.dtype) -> None:
+        self.job = _library().Job()
+        self.job.op = _library().OPS.index(op)
+        self.job.threads = torch.get_num_threads()
+        self.job.net, self.alive = _network(net, dtype)
+        self.alive = list(self.alive)
+        self.dtype = dtype
+
+    def hold(self, tensor: Tensor) -> int:
+        """The address of a dense tensor, which lives as long as the call."""
+        self.alive.append(tensor)
+        return tensor.data_ptr()
+
+    def dense(self, tensor: Tensor) -> int:
+        return self.hold(tensor.contiguous())
+
+    def rows(self, name: str, tensor: Tensor) -> None:
+        """Sets a field to [T or 1, ...], whose rows are dense; one row, or one repeated, has stride 0."""
+        if not tensor[0].is_contiguous():
+            tensor = tensor.contiguous()
+        setattr(self.job, name, self.hold(tensor))
+        setattr(self.job, f"{name}_stride", tensor.stride(0) if tensor.shape[0] > 1 else 0)
+
+    def out(self, name: str, *shape: int) -> Tensor:
+        """A result of that shape."""
+        result = torch.empty(shape, dtype=self.dtype)
+        setattr(self.job, name, self.hold(result))
+        return result
+
+    def points(self, x: Tensor, tasks: int) -> None:
+        """Coordinates [T or 1,N,D] without targets."""
+        data = self.job.data
+        x = x if x[0].is_contiguous() else x.contiguous()
+        data.tasks, data.points = tasks, x.shape[1]
+        data.x, data.x_stride = self.hold(x), x.stride(0) if x.shape[0] > 1 else 0
+
+    def batch(self, data: Any, batch: Batch) -> None:
+        """Fills the struct of a batch's data."""
+        data.tasks, data.points = batch.tasks, batch.points
+        data.per_step = batch.per_step or 0
+        data.y = self.dense(batch.y)
+        if batch.counts is not None:
+            data.counts = self.dense(batch.counts.to(torch.int64))
+        if batch.seed is not None:
+            data.seed = self.dense(batch.seed)
+        kind, clamp = batch.loss_parts
+        data.loss, data.clamp = _batch.LOSSES.index(kind), clamp or 0.0
+        data.measure = _library().MEASURES.index(batch.measure_name)
+        if isinstance(batch.x, Rays):
+            assert isinstance(batch.measure, March)
+            near, far = batch.x.bounds
+            data.march = _march(batch.measure)
+            data.origins, data.directions = self.dense(batch.x.origins), self.dense(batch.x.directions)
+            data.near, data.far = self.dense(near), self.dense(far)
+            return
+        x = batch.x if batch.x.dim() == 3 else batch.x[None]
+        x = x if x[0].is_contiguous() else x.contiguous()
+        data.x, data.x_stride = self.hold(x), x.stride(0) if x.shape[0] > 1 else 0
+        if isinstance(batch.measure, Project):
+            data.angles, data.size = batch.y.shape[1], batch.y.shape[2]
+            data.pixels = self.dense(batch.measure.pixels(data.size))
+
+    def loop(self, lr: Tensor, rule: Rule, max_memory: int | None) -> None:
+        """The inner loop's part: rates [K,T,P], a view, rule and budget."""
+        job = self.job
+        if lr.stride(2) not in (0, 1) or lr.numel() == 0:
+            lr = lr.contiguous()
+        job.steps, job.lr, job.lr_stride = lr.shape[0], self.hold(lr), lr.stride()
+        job.budget = DEFAULT_MEMORY if max_memory is None else max_memory
+        job.rule = _rule(rule)
+
+    def run(self, isa: str) -> None:
+        self.job.run(isa, self.dtype == torch.float64)
+
+
+def _march(march: March) -> Any:
+    m = _library().March()
+    m.samples, m.last_interval = march.samples, march.last_interval
+    m.white, m.softplus = int(march.white_background), int(march.density == "softplus")
+    return m
+
+
+def _rule(rule: Rule) -> Any:
+    r = _library().Rule()
+    r.kind = list(_rules.RULES).index(rule.name)
+    if isinstance(rule, Momentum):
+        r.mu, r.nesterov, r.weight_decay = rule.mu, int(rule.nesterov), rule.weight_decay
+    elif isinstance(rule, Adam):
+        r.beta1, r.beta2, r.eps = rule.beta1, rule.beta2, rule.eps
+    return r
+
+
+# Passes ---
+
+
+class Passes:
+    """The passes of ``fastmeta.reference``, by the kernels of one instruction set."""
+
+    def __init__(self, isa: str) -> None:
+        self.isa = isa
+
+    def mlp(self, net: MLP, params: Tensor, x: Tensor) -> Tensor:
+        call, T, N = self._points("mlp", net, params, x)
+        y = call.out("y", call.job.data.tasks, call.job.data.points, net.out_features)
+        call.run(self.isa)
+        return y.view(T, N, -1)
+
+    def mlp_grad(
+        self, net: MLP, params: Tensor, x: Tensor, gy: Tensor, *, want_x: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        call, _, _ = self._points("mlp_grad", net, params, x)
+        tasks, points = call.job.data.tasks, call.job.data.points
+        call.job.gy = call.dense(gy)
+        gp = call.out("grad", tasks, net.num_params)
+        gx = call.out("gx", tasks, points, net.in_features) if want_x else None
+        call.run(self.isa)
+        return gp, None if gx is None else _like(gx, x)
+
+    def mlp_dual(
+        self, net: MLP, params: Tensor, x: Tensor, v: Tensor | None, w: Tensor | None, gy: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call, _, _ = self._points("mlp_dual", net, params, x)
+        tasks, points = call.job.data.tasks, call.job.data.points
+        call.rows("v", torch.zeros_like(params) if v is None else v)
+        if w is not None:
+            call.rows("w", w.reshape(-1, points, net.in_features))
+        call.job.gy = call.dense(gy)
+        dy = call.out("y", tasks, points, net.out_features)
+        dp = call.out("grad", tasks, net.num_params)
+        dx = call.out("gx", tasks, points, net.in_features)
+        call.run(self.isa)
+        return dy.view(gy.shape), dp, _like(dx, x)
+
+    def _points(self, op: str, net: MLP, params: Tensor, x: Tensor) -> tuple[_Call, int, int]:
+        """A call on points alone, and (T, N). One network at many tasks' points is one task of T·N points."""
+        T, N = max(params.shape[0], x.shape[0]), x.shape[1]
+        call = _Call(op, net, x.dtype)
+        if params.shape[0] == 1 and T > 1:
+            x = x.reshape(1, T * N, -1)
+        call.points(x, params.shape[0] if x.shape[0] == 1 else T)
+        call.rows("params", params)
+        return call, T, N
+
+    def _task(self, op: str, net: MLP, params: Tensor, batch: Batch, step: int, memory: int | None) -> _Call:
+        call = _Call(op, net, params.dtype)
+        call.batch(call.job.data, batch)
+        call.rows("params", params)
+        call.job.step = step
+        call.job.budget = DEFAULT_MEMORY if memory is None else memory
+        return call
+
+    def loss(
+        self, net: MLP, params: Tensor, batch: Batch, step: int = 0, max_memory: int | None = None
+    ) -> Tensor:
+        call = self._task("loss", net, params, batch, step, max_memory)
+        loss = call.out("loss", batch.tasks)
+        call.run(self.isa)
+        return loss
+
+    def loss_grad(
+        self, net: MLP, params: Tensor, batch: Batch, step: int = 0, max_memory: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        call = self._task("loss_grad", net, params, batch, step, max_memory)
+        loss, grad = call.out("loss", batch.tasks), call.out("grad", batch.tasks, net.num_params)
+        call.run(self.isa)
+        return loss, grad
+
+    def loss_hvp(
+        self,
+        net: MLP,
+        params: Tensor,
+        v: Tensor,
+        batch: Batch,
+        step: int = 0,
+        max_memory: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        call = self._task("loss_hvp", net, params, batch, step, max_memory)
+        call.rows("v", v)
+        grad, hv = (call.out(name, batch.tasks, net.num_params) for name in ("grad", "hv"))
+        call.run(self.isa)
+        return grad, hv
+
+    def adapt(
+        self,
+        net: MLP,
+        params: Tensor,
+        batch: Batch,
+        lr: Tensor,
+        rule: Rule,
+        *,
+        keep: bool = False,
+        max_memory: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        call = self._task("adapt", net, params, batch, 0, max_memory)
+        call.loop(lr, rule, max_memory)
+        K, T, P = lr.shape
+        theta, losses = call.out("theta", T, P), call.out("loss", K, T)
+        thetas = call.out("thetas", K + 1, T, P) if keep else None
+        call.run(self.isa)
+        return theta, losses, thetas
+
+    def maml(
+        self,
+        net: MLP,
+        init: Tensor,
+        batch: Batch,
+        lr: Tensor,
+        rule: Rule,
+        *,
+        order: int,
+        learned: Tensor | None = None,
+        max_memory: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        call = self._task("maml", net, init, batch, 0, max_memory)
+        call.loop(lr, rule, max_memory)
+        call.job.order = order
+        if batch.query is not None:
+            call.batch(call.job.query, batch.query)
+        loss, grad = call.out("loss", batch.tasks), call.out("grad", net.num_params)
+        rates = None if learned is None else torch.zeros_like(learned, memory_format=torch.contiguous_format)
+        if rates is not None:
+            call.job.rates = call.hold(rates)
+            call.job.rates_size = (1,) * (3 - rates.dim()) + tuple(rates.shape)
+        call.run(self.isa)
+        return loss, grad, rates
+
+    def composite(self, raw: Tensor, t: Tensor, march: March) -> tuple[Tensor, Tensor, Tensor]:
+        job, alive = self._rays(raw, t, march)
+        shown = _shown(job, raw)
+        job.run(self.isa, raw.dtype == torch.float64)
+        return shown
+
+    def composite_grad(
+        self, raw: Tensor, t: Tensor, march: March, grgb: Tensor, gdepth: Tensor, gacc: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        job, alive = self._rays(raw, t, march, grgb=grgb, gdepth=gdepth, gacc=gacc)
+        graw, gt = _adjoints(job, raw, t)
+        job.run(self.isa, raw.dtype == torch.float64)
+        return graw, gt
+
+    def composite_dual(
+        self,
+        raw: Tensor,
+        t: Tensor,
+        march: March,
+        vraw: Tensor,
+        vt: Tensor,
+        grgb: Tensor,
+        gdepth: Tensor,
+        gacc: Tensor,
+    ) -> tuple[Tensor, ...]:
+        job, alive = self._rays(
+            raw, t, march, vraw=vraw, vt=vt, grgb=grgb, gdepth=gdepth, gacc=gacc
+        )
+        shown, adjoints = _shown(job, raw), _adjoints(job, raw, t)
+        job.run(self.isa, raw.dtype == torch.float64)
+        return (*shown, *adjoints)
+
+    def _rays(self, raw: Tensor, t: Tensor, march: March, **more: Tensor) -> tuple[Any, list[Tensor]]:
+        job = _library().CompositeJob()
+        job.march, job.threads = _march(march), torch.get_num_threads()
+        job.rays = t.numel() // march_samples(t)
+        job.march.samples = march_samples(t)
+        alive = []
+        for name, tensor in {"raw": raw, "t": t, **more}.items():
+            alive.append(tensor.contiguous())
+            setattr(job, name, alive[-1].data_ptr())
+        return job, alive
+
+    def project(self, image: Tensor, pixels: Tensor) -> Tensor:
+        T, A, W, _ = pixels.shape
+        return self._project(image, pixels, image.new_empty(T, A, W), 0)
+
+    def project_adjoint(self, sinogram: Tensor, pixels: Tensor) -> Tensor:
+        T, _, W, _ = pixels.shape
+        return self._project(sinogram, pixels, sinogram.new_empty(T, W, W), 1)
+
+    def _project(self, source: Tensor, pixels: Tensor, result: Tensor, adjoint: int) -> Tensor:
+        source, pixels = source.contiguous(), pixels.contiguous()
+        job = _library().ProjectJob()
+        job.threads, job.adjoint = torch.get_num_threads(), adjoint
+        job.tasks, job.angles, job.size = pixels.shape[:3]
+        job.pixels, job.to = pixels.data_ptr(), result.data_ptr()
+        setattr(job, "from", source.data_ptr())
+        job.run(self.isa, source.dtype == torch.float64)
+        return result
+
+
+def march_samples(t: Tensor) -> int:
+    """S of sampled rays t [...,S]."""
+    return t.shape[-1]
+
+
+def _like(gradient: Tensor, x: Tensor) -> Tensor:
+    """x̄ [T,N,D] in the shape of x [T or 1,N,D]: summed over tasks where they share x."""
+    if x.shape[0] == 1 and gradient.shape[0] > 1:
+        return gradient.sum(0, keepdim=True)
+    return gradient.view(x.shape)
+
+
+def _shown(job: Any, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where (rgb, depth, acc) of raw [...,S,4] go."""
+    rays = raw.shape[:-2]
+    rgb, depth, acc = raw.new_empty(*rays, 3), raw.new_empty(rays), raw.new_empty(rays)
+    job.rgb, job.depth, job.acc = rgb.data_ptr(), depth.data_ptr(), acc.data_ptr()
+    return rgb, depth, acc
+
+
+def _adjoints(job: Any, raw: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Where (r̄aw, t̄) go."""
+    graw, gt = raw.new_empty(raw.shape), t.new_empty(t.shape)
+    job.graw, job.gt = graw.data_ptr(), gt.data_ptr()
+    return graw, gt
