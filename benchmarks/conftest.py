@@ -1,20 +1,55 @@
-"""Benchmarks: interleaved competitors, medians, FLOPs, bytes and the fraction of the measured roof;
-rows to results.csv."""
+"""Benchmarks: interleaved competitors, medians of undisturbed samples, FLOPs, bytes and the
+fraction of the measured roof; rows to results.csv."""
 
 from __future__ import annotations
 
 import csv
+import importlib.metadata
+import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
+import competitors
 import pytest
 import torch
+import workloads
+from workloads import Cost, Workload
 
 RESULTS = Path(__file__).with_name("results.csv")
+COLUMNS = [
+    "workload",
+    "what",
+    "who",
+    "median_ms",
+    "ratio",
+    "gflop",
+    "mbytes",
+    "gflops",
+    "of_roof",
+    "roof_gflops",
+    "roof_kind",
+    "threads",
+    "clean",
+    "isa",
+    "mkl",
+    "device",
+    "torch",
+    "jax",
+    "commit",
+]
+PAUSE = 5e-3  # s, between competitors: the thread pool of the last one stops spinning
+DELAY = 0.06  # of wall time × threads: a sample that waited longer for a core is dropped
+
+Check = Callable[[str, object], None]
+
+
+# Where this runs ---
 
 
 def commit() -> str:
@@ -34,82 +69,184 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+class Roof(NamedTuple):
+    gflops: float
+    kind: str
+
+
+def native() -> ModuleType | None:
+    """The compiled worker's module, where that worker runs."""
+    try:
+        from fastmeta import native
+    except ImportError:
+        return None
+    return native if native.cpu.unavailable() is None else None
+
+
 @pytest.fixture(scope="session")
-def roof() -> float:
-    """GFLOP/s of torch's own 1024³ product in this process: the roof that a torch worker has."""
+def roof() -> Roof:
+    """Float32 GFLOP/s of nothing but fused multiply-adds on all threads; without the native worker
+    those of torch's own 1024³ product."""
+    worker = native()
+    if worker is None:
+        return Roof(_product_peak(), "torch mm")
+    return Roof(worker.fma_peak(torch.get_num_threads()), "fma")
+
+
+def _product_peak() -> float:
     a = torch.rand(1024, 1024)
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        times.append(time.perf_counter() - start)
+    times = [_sample(lambda: torch.mm(a, a)).seconds for _ in range(9)]
     return 2 * 1024**3 / statistics.median(times) / 1e9
 
 
-@pytest.fixture
-def race(benchmark, roof) -> Callable:
-    """race(workload, what, {who: function}, gflop, mbytes): runs them in turn, records medians of
-    each.
+@pytest.fixture(scope="session")
+def machine(roof: Roof) -> dict:
+    """The columns that all rows of a session share."""
+    return {
+        "roof_gflops": round(roof.gflops, 1),
+        "roof_kind": roof.kind,
+        "threads": torch.get_num_threads(),
+        "isa": native().cpu.passes.isa if native() else torch.backends.cpu.get_cpu_capability(),
+        "mkl": os.environ.get("FASTMETA_BENCH_MKL", "default"),
+        "device": processor(),
+        "torch": torch.__version__,
+        "jax": version("jax"),
+        "commit": commit(),
+    }
 
-    The first name is ours; ratio = its competitor's median over its own. pytest-benchmark shows our
-    own times.
+
+# Samples ---
+
+
+class Sample(NamedTuple):
+    seconds: float
+    clean: bool | None  # None: this kernel does not say
+
+
+def _waited() -> dict[str, int] | None:
+    """Nanoseconds each thread of this process has waited for a core; None: unknown here."""
+    waited = {}
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            waited[path.parent.name] = int(path.read_text().split()[1])
+        except OSError:  # the thread has ended
+            continue
+    return waited or None
+
+
+def _sample(function: Callable) -> Sample:
+    before = _waited()
+    start = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - start
+    after = _waited()
+    if before is None or after is None:
+        return Sample(seconds, None)
+    delay = sum(ns - before.get(thread, 0) for thread, ns in after.items()) * 1e-9
+    return Sample(seconds, delay <= DELAY * seconds * torch.get_num_threads())
+
+
+def _samples(entries: dict[str, Callable]) -> dict[str, list[Sample]]:
+    """Seven rounds, the competitors in turn; five for those that take longer than a second."""
+    samples: dict[str, list[Sample]] = {who: [] for who in entries}
+    for index in range(7):
+        for who, function in entries.items():
+            if index < 5 or samples[who][0].seconds < 1:
+                time.sleep(PAUSE)
+                samples[who].append(_sample(function))
+    return samples
+
+
+def _median(samples: list[Sample]) -> tuple[float, int | str]:
+    """(seconds, how many samples were clean): of the clean ones where these are three or more."""
+    clean = [s.seconds for s in samples if s.clean]
+    used = clean if len(clean) >= 3 else [s.seconds for s in samples]
+    return statistics.median(used), "" if samples[0].clean is None else len(clean)
+
+
+# Races ---
+
+
+@pytest.fixture
+def race(benchmark, machine) -> Callable:
+    """race(workload, what, {who: function}, cost, check): calls each once, has its result checked,
+    runs them in turn and records medians.
+
+    The first name is ours; ratio = a competitor's median over it. pytest-benchmark shows our own
+    time.
     """
 
     def run(
-        workload: str,
-        what: str,
-        entries: dict[str, Callable],
-        gflop: float,
-        mbytes: float,
-        rounds: int = 7,
-    ) -> dict:
-        for function in entries.values():
-            function()
-        times: dict[str, list[float]] = {who: [] for who in entries}
-        for _ in range(rounds):
-            for who, function in entries.items():
-                start = time.perf_counter()
-                function()
-                times[who].append(time.perf_counter() - start)
-        medians = {who: statistics.median(values) for who, values in times.items()}
-        ours = medians[next(iter(entries))]
-        fixed = {
-            "workload": workload,
-            "what": what,
-            "gflop": round(gflop, 3),
-            "mbytes": round(mbytes, 2),
-            "roof_gflops": round(roof, 1),
-            "threads": torch.get_num_threads(),
-            "device": processor(),
-            "torch": torch.__version__,
-            "commit": commit(),
-        }
+        workload: str, what: str, entries: dict[str, Callable], cost: Cost, check: Check
+    ) -> None:
+        for who, function in entries.items():
+            check(who, function())
+        timed = {who: _median(samples) for who, samples in _samples(entries).items()}
+        ours = next(iter(entries))
         rows = [
-            {
-                **fixed,
-                "who": who,
-                "median_ms": round(seconds * 1e3, 3),
-                "ratio": round(seconds / ours, 2),
-                "gflops": round(gflop / seconds, 1),
-                "of_roof": round(gflop / seconds / roof, 3),
-            }
-            for who, seconds in medians.items()
+            {"workload": workload, "what": what, "who": who, **machine}
+            | _columns(seconds, clean, timed[ours][0], cost, machine["roof_gflops"])
+            for who, (seconds, clean) in timed.items()
         ]
         _append(rows)
-        for row in rows:
-            share = f"{row['of_roof']:.0%} of the roof"
-            print(f"{row['who']:<24} {row['median_ms']:>10} ms  x{row['ratio']:<6} {share}")
-        benchmark.extra_info.update(medians)
-        benchmark.pedantic(entries[next(iter(entries))], rounds=1, iterations=1)
-        return medians
+        _ROWS.extend(rows)
+        benchmark.pedantic(entries[ours], rounds=1, iterations=1)
 
     return run
 
 
+@pytest.fixture
+def contest(race) -> Callable:
+    """contest(workload, kind, steps): ours against every competitor, held to the float64
+    reference."""
+
+    def run(workload: Workload, kind: str, steps: int = 2) -> None:
+        problem = workloads.problem(workload)
+        what = f"{kind} K={steps}" if kind in ("adapt", "maml") else kind
+        check = competitors.truth(problem, kind, steps).check
+        entries = competitors.entries(problem, kind, steps)
+        race(workload.name, what, entries, workloads.cost(workload, kind, steps), check)
+
+    return run
+
+
+def _columns(seconds: float, clean: int | str, ours: float, cost: Cost, roof: float) -> dict:
+    return {
+        "median_ms": round(seconds * 1e3, 3),
+        "ratio": round(seconds / ours, 2),
+        "gflop": round(cost.gflop, 3),
+        "mbytes": round(cost.mbytes, 2),
+        "gflops": round(cost.gflop / seconds, 1),
+        "of_roof": round(cost.gflop / seconds / roof, 3),
+        "clean": clean,
+    }
+
+
 def _append(rows: list[dict]) -> None:
-    new = not RESULTS.exists()
+    new = not RESULTS.exists() or RESULTS.stat().st_size == 0
     with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+_ROWS: list[dict] = []
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The rows of this run, and which competitors could not take part."""
+    for row in _ROWS:
+        terminalreporter.write_line(
+            f"{row['workload']:<24} {row['what']:<18} {row['who']:<9} {row['median_ms']:>10} ms  "
+            f"x{row['ratio']:<6} {row['of_roof']:.0%} of the roof, {row['clean']} clean"
+        )
+    for who, reason in competitors.left_out().items():
+        terminalreporter.write_line(f"left out: {who}, {reason}")
