@@ -102,10 +102,10 @@ void plan_engine(Engine<T>& e, const Job& job) {
   const int64_t rest = T_ % n, crew = rest ? ceil_div(n, rest) : 1;
   e.threads = job.threads;
   e.flights = static_cast<int>(T_ >= n ? n : T_);
-  // a tile: panels that fit the second-level cache beside the weights on their way through, 64 to 256 points
+  // a tile: panels that fit the second-level cache beside the weights on their way through, 64 to 128 points
   const int64_t lanes = Pack<T>::kLanes;
   const int64_t per_point = job.net.width * (job.net.depth - 1) * 2 * (e.dual ? 2 : 1) * static_cast<int64_t>(sizeof(T));
-  const int64_t target = most(64, least(256, kTileBytes / per_point)) / lanes * lanes;
+  const int64_t target = most(64, least(128, kTileBytes / per_point)) / lanes * lanes;
   e.grid = make_grid(e.job.data, target, lanes, crew);
   e.query = e.job.query.tasks ? make_grid(e.job.query, target, lanes, crew) : e.grid;
   if (!e.job.query.tasks) e.query.data = &e.job.data;

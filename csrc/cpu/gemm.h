@@ -56,7 +56,7 @@ FM_HOST_DEVICE void accumulate(typename Pack<T>::V (&c)[MR][NV], const T* a, con
       V bv[NV];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const V*>(b + j * L);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         const T scalar = kOrder == Order::kPoints     ? a[r * W + k]
                          : kOrder == Order::kFeatures ? a[k * W + r]
@@ -72,44 +72,52 @@ FM_HOST_DEVICE void accumulate(typename Pack<T>::V (&c)[MR][NV], const T* a, con
   }
 }
 
-// C row r at c + r·W.
+// `groups` times MR rows; C row r at c + r·W, the next rows of A `step` further.
 template <class T, int MR, int NV, Order kOrder, Start kStart>
-__attribute__((noinline)) void kernel(T* c, const T* bias, Product<T> p, Product<T> q, int64_t ld, int64_t depth) {
+__attribute__((noinline)) void kernel(int64_t groups, T* c, const T* bias, Product<T> p, Product<T> q, int64_t step,
+                                      int64_t ld, int64_t depth) {
   using V = typename Pack<T>::V;
   constexpr int W = kWidth<T>, L = Pack<T>::kLanes;
-  V acc[MR][NV];
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r)
+  for (; groups > 0; --groups, c += MR * W, p.a += step) {
+    V acc[MR][NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j)
-      acc[r][j] = kStart == Start::kZero   ? V{}
-                  : kStart == Start::kBias ? *reinterpret_cast<const V*>(bias + j * L)
-                                           : *reinterpret_cast<const V*>(c + r * W + j * L);
-  accumulate<T, MR, NV, kOrder>(acc, p.a, p.b, ld, depth);
-  if (q.a) accumulate<T, MR, NV, kOrder>(acc, q.a, q.b, ld, depth);
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r)
+      for (int j = 0; j < NV; ++j)
+        acc[r][j] = kStart == Start::kZero   ? V{}
+                    : kStart == Start::kBias ? *reinterpret_cast<const V*>(bias + j * L)
+                                             : *reinterpret_cast<const V*>(c + r * W + j * L);
+    accumulate<T, MR, NV, kOrder>(acc, p.a, p.b, ld, depth);
+    if (q.a) {
+      accumulate<T, MR, NV, kOrder>(acc, q.a, q.b, ld, depth);
+      q.a += step;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) *reinterpret_cast<V*>(c + r * W + j * L) = acc[r][j];
+      for (int j = 0; j < NV; ++j) *reinterpret_cast<V*>(c + r * W + j * L) = acc[r][j];
+  }
 }
 
-// rows × one block of W columns of C, of which the first `lanes` are wanted.
+// rows × one block of W columns of C, NV vectors of it.
 template <class T, Order kOrder, Start kStart, int NV>
 void block_rows(int64_t rows, T* c, const T* bias, Product<T> p, Product<T> q, int64_t ld, int64_t depth) {
   constexpr int W = kWidth<T>;
-  constexpr bool kRowsAreFeatures = kOrder == Order::kFeatures;
   // the step of A from one row to the next
   const int64_t step = kOrder == Order::kPoints ? W : kOrder == Order::kThinFeatures ? ld : 1;
-  static_assert(!kRowsAreFeatures || W % 2 == 0, "");
   int64_t r = 0;
   const auto run = [&](auto tag) {
     constexpr int MR = decltype(tag)::value;
-    for (; r + MR <= rows; r += MR)
-      kernel<T, MR, NV, kOrder, kStart>(c + r * W, bias, {p.a + r * step, p.b}, {q.a ? q.a + r * step : nullptr, q.b},
-                                        ld, depth);
+    const int64_t groups = (rows - r) / MR;
+    if (groups == 0) return;
+    kernel<T, MR, NV, kOrder, kStart>(groups, c + r * W, bias, {p.a + r * step, p.b},
+                                      {q.a ? q.a + r * step : nullptr, q.b}, MR * step, ld, depth);
+    r += groups * MR;
   };
   run(std::integral_constant<int, kRows>{});
+  if constexpr (kRows > 8) run(std::integral_constant<int, 8>{});
   if constexpr (kRows > 4) run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 3>{});
   run(std::integral_constant<int, 2>{});
   run(std::integral_constant<int, 1>{});
 }

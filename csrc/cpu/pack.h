@@ -5,14 +5,7 @@
 // check gradients).
 #pragma once
 
-#include <cstring>
 #include <type_traits>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
 
 #include "../math/scalar.h"
 
@@ -133,35 +126,38 @@ FM_HOST_DEVICE F sqrt(F x) {
   return x;
 }
 
-// Phases that the two-term reduction does not reach: NaN, infinity, |x| above kPhaseLimit.
+// Largest |x| that sincos of packs reduces well. Callers watch their phases (Reach) and take the scalar functions for
+// what is farther out, NaN and infinity included; a test per pack inside the loop costs a fifth of its time.
 constexpr float kPhaseLimit = 16384.0f;
-FM_HOST_DEVICE bool any_far(FV x) {
-  const FI near = (FI)(((FV)((FI)x & 0x7fffffff)) <= kPhaseLimit);
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)near) != 0xffff;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)near) != 0xff;
-#elif defined(__x86_64__)
-  return _mm_movemask_ps((__m128)near) != 0xf;
-#elif defined(__aarch64__)
-  return vminvq_u32((uint32x4_t)near) == 0;
-#else
-  for (int i = 0; i < F::kLanes; ++i)
-    if (!near[i]) return true;
-  return false;
-#endif
-}
-__attribute__((noinline)) static void sincos_far(const float* x, float* s, float* c) {
-  for (int i = 0; i < F::kLanes; ++i) {
-    s[i] = static_cast<float>(::sin(static_cast<double>(x[i])));
-    c[i] = static_cast<float>(::cos(static_cast<double>(x[i])));
+
+template <class T>
+struct Reach {  // libm reaches everywhere
+  FM_HOST_DEVICE void see(Pack<T>) {}
+  FM_HOST_DEVICE bool beyond(T) const { return false; }
+};
+template <>
+struct Reach<float> {
+  FI largest{};  // bits of |x|, whose order is that of the numbers, with infinity and NaN above all
+  FM_HOST_DEVICE void see(F x) {
+    const FI bits = (FI)x.v & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
   }
-}
+  FM_HOST_DEVICE bool beyond(float limit) const {
+    for (int i = 0; i < F::kLanes; ++i) {
+      const int32_t bits = largest[i];
+      float x;
+      __builtin_memcpy(&x, &bits, sizeof(x));
+      if (!(x <= limit)) return true;
+    }
+    return false;
+  }
+};
 
 // r = x − kπ in [−π/2, π/2], then sin x = (−1)^k sin r, cos x = (−1)^k cos r. With fused multiply-add, x − k·π₁ is
 // exact for |k| < 2^13; without, π comes in parts of 11 bits whose products with k are exact. Polynomials: minimax,
 // 4.6e-9 and 2.4e-10; with rounding, below 1e-7 for |x| <= 1e4.
-FM_HOST_DEVICE void sincos_near(FV x, FV& s, FV& c) {
+FM_HOST_DEVICE void sincos(F phase, F& s, F& c) {
+  const FV x = phase.v;
   const FV shifted = x * 0x1.45f306p-2f + 0x1.8p+23f;  // round(x/π) in the low bits of the mantissa
   const FV k = shifted - 0x1.8p+23f;
   FV r;
@@ -178,21 +174,10 @@ FM_HOST_DEVICE void sincos_near(FV x, FV& s, FV& c) {
   const FV q = r * r;
   const FV sine = r + r * q * horner(q, -0.166666567f, 0.00833301712f, -0.000198066002f, 2.6000223e-06f);
   const FV cosine = horner(q, 1.0f, -0.5f, 0.0416666418f, -0.00138884038f, 2.476187e-05f, -2.60768047e-07f);
-  s = (FV)((FI)sine ^ odd);
-  c = (FV)((FI)cosine ^ odd);
+  s = F((FV)((FI)sine ^ odd));
+  c = F((FV)((FI)cosine ^ odd));
 }
 
-FM_HOST_DEVICE void sincos(F x, F& s, F& c) {
-  if (__builtin_expect(any_far(x.v), 0)) {
-    alignas(FM_VECTOR_BYTES) float buffer[3][F::kLanes];
-    store(buffer[0], x);
-    sincos_far(buffer[0], buffer[1], buffer[2]);
-    s = load(buffer[1]);
-    c = load(buffer[2]);
-  } else {
-    sincos_near(x.v, s.v, c.v);
-  }
-}
 
 // 2^k for integer-valued k in [-250, 250], in two factors, so that results may be subnormal or infinite.
 FM_HOST_DEVICE void scale_parts(FV k, FV& a, FV& b) {

@@ -74,14 +74,30 @@ FM_HOST_DEVICE void each_pack(int64_t n, int64_t lanes, F&& f) {
   }
 }
 
+// The scalar functions, for phases that the packs do not reach.
+template <class T, bool kDual, Activation kKind, bool kSlope>
+__attribute__((noinline, cold)) void activate_far(int64_t n, T w0, Planes<T> z, Planes<T> h, Planes<T> s) {
+  for (int64_t i = 0; i < n * kWidth<T>; ++i) {
+    Number<T, kDual> value, slope;
+    activate<kKind>(get_one<kDual>(z, i), w0, value, slope);
+    put_one(h, i, value);
+    if constexpr (kSlope) put_one(s, i, slope);
+  }
+}
+
 template <class T, bool kDual, Activation kKind, bool kSlope>
 __attribute__((noinline)) void activate_block(int64_t n, int64_t lanes, T w0, Planes<T> z, Planes<T> h, Planes<T> s) {
+  constexpr bool kPhase = kKind == Activation::k_sine;
+  Reach<T> reach;
   each_pack<T>(n, lanes, [&](int64_t i) {
-    Number<Pack<T>, kDual> value, slope;
-    activate<kKind>(get<kDual>(z, i), Pack<T>(w0), value, slope);
-    put(h, i, value);
+    const auto at = get<kDual>(z, i);
+    Number<Pack<T>, kDual> out, slope;
+    if constexpr (kPhase) reach.see(value(at));
+    activate<kKind>(at, Pack<T>(w0), out, slope);
+    put(h, i, out);
     if constexpr (kSlope) put(s, i, slope);
   });
+  if (kPhase && reach.beyond(static_cast<T>(kPhaseLimit / w0))) activate_far<T, kDual, kKind, kSlope>(n, w0, z, h, s);
 }
 
 // δ = φ' h̄ in place of φ'; b̄ += Σ δ for those that are not null. hbar.a and hbar.d may come from different places.
@@ -106,12 +122,24 @@ __attribute__((noinline)) void delta_block(int64_t n, int64_t lanes, Planes<T> h
 
 // Forward ---
 
-// h_0: coordinates as they are, or q in the identity columns and sin(q) in the others, q = x basis + phase.
+// h_0: q in the identity columns and sin(q) in the others, q = x basis + phase. False: phases lie too far out for the
+// packs, and it must run again lane by lane.
 template <class T>
-__attribute__((noinline)) void encode_block(const Tile<T>& t, int64_t b, int64_t lanes) {
+FM_HOST_DEVICE void sincos_lanes(Pack<T> q, Pack<T>& s, Pack<T>& c) {
+  for (int i = 0; i < Pack<T>::kLanes; ++i) {
+    T sine, cosine;
+    fastmeta::sincos(T(q.v[i]), sine, cosine);
+    s.v[i] = sine;
+    c.v[i] = cosine;
+  }
+}
+
+template <class T>
+__attribute__((noinline)) bool encode_block(const Tile<T>& t, int64_t b, int64_t lanes, bool far) {
   constexpr int L = Pack<T>::kLanes, W = kWidth<T>;
   const Plan<T>& p = *t.plan;
   const bool moves = t.x_moves, back = p.want_x;
+  Reach<T> reach;
   for (int64_t first = 0; first < lanes; first += L) {
     const int64_t column = b * W + first;
     const Mask<T> same = below<T>(p.net.identity - column);
@@ -125,7 +153,9 @@ __attribute__((noinline)) void encode_block(const Tile<T>& t, int64_t b, int64_t
         if (moves) dq = dq + Pack<T>(t.x.d[d * t.capacity + n]) * f;
       }
       Pack<T> s, c;
+      reach.see(q);
       sincos(q, s, c);
+      if (__builtin_expect(far, 0)) sincos_lanes(q, s, c);
       const Pack<T> slope = select(same, Pack<T>(T(1)), c);
       store(t.h0.a + i, select(same, q, s));
       if (moves) store(t.h0.d + i, slope * dq);
@@ -133,6 +163,7 @@ __attribute__((noinline)) void encode_block(const Tile<T>& t, int64_t b, int64_t
       if (back && moves) store(t.cosine.d + i, select(same, Pack<T>(T(0)), -(s * dq)));
     }
   }
+  return !reach.beyond(static_cast<T>(kPhaseLimit));
 }
 
 template <class T, bool kDual, bool kSlope>
@@ -184,7 +215,10 @@ template <class T, bool kDual, bool kSlope = true>
 void forward(const Tile<T>& t) {
   const Plan<T>& p = *t.plan;
   if (p.encodes)
-    for (int64_t b = 0; b < blocks_of<T>(p.encoded); ++b) encode_block<T>(t, b, lanes_of<T>(p.encoded, b));
+    for (int64_t b = 0; b < blocks_of<T>(p.encoded); ++b) {
+      const int64_t lanes = lanes_of<T>(p.encoded, b);
+      if (!encode_block<T>(t, b, lanes, false)) encode_block<T>(t, b, lanes, true);
+    }
   for (int64_t l = 0; l + 1 < p.depth; ++l) hidden_layer<T, kDual, kSlope>(t, l);
   const Layer& y = p.layers[p.depth - 1];
   const Planes<T> in = t.h[p.depth - 2];
