@@ -52,7 +52,7 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(jobs) as pool:
             objects = [o for made in pool.map(one, ext.sources) for o in made]
-        extra = ["-fopenmp", *(["-fsanitize=address,undefined"] if SANITIZE else ["-s"])]
+        extra = ["-fopenmp", *(["-fsanitize=address,undefined"] if SANITIZE else [])]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=extra, target_lang="c++"
         )

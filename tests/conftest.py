@@ -6,6 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from fastmeta import native
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_working_memory():
+    """The compiled worker's scratch holds NaN before each call."""
+    if native.cpu.unavailable() is None:
+        native._library().poison(True)
+
 
 @pytest.fixture(scope="session")
 def data_path() -> Callable[[str], Path]:

@@ -7,6 +7,9 @@ import sys
 import tarfile
 from pathlib import Path
 
+from fastmeta import native
+from fastmeta.batch import LOSSES
+from fastmeta.rules import RULES
 from fastmeta.spec import ACTIVATIONS, OUTPUTS
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +69,15 @@ def test_csrc_is_free_of_torch():
 
 def test_both_sides_of_the_border_list_the_same():
     text = (ROOT / "csrc" / "abi.h").read_text()
-    for macro, names in (("FM_ACTIVATIONS", ACTIVATIONS), ("FM_OUTPUTS", OUTPUTS)):
+    lists = {
+        "FM_ACTIVATIONS": ACTIVATIONS,
+        "FM_OUTPUTS": OUTPUTS,
+        "FM_LOSSES": LOSSES,
+        "FM_MEASURES": ("none", "project", "march"),
+        "FM_RULES": tuple(RULES),
+        "FM_OPS": tuple(n for n in vars(native.Passes) if n[0] != "_")[:8],
+    }
+    for macro, names in lists.items():
         body = re.search(rf"#define {macro}\(X\)((?:.*\\\n)*.*)", text)[1]
         assert tuple(re.findall(r"X\((\w+)\)", body)) == names
 

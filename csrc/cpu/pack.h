@@ -153,31 +153,30 @@ struct Reach<float> {
   }
 };
 
-// r = x − kπ in [−π/2, π/2], then sin x = (−1)^k sin r, cos x = (−1)^k cos r. With fused multiply-add, x − k·π₁ is
-// exact for |k| < 2^13; without, π comes in parts of 11 bits whose products with k are exact. Polynomials: minimax,
-// 4.6e-9 and 2.4e-10; with rounding, below 1e-7 for |x| <= 1e4.
+// r = x − kπ/2 in [−π/4, π/4]; the quadrant k mod 4 swaps sine and cosine and sets their signs. With fused
+// multiply-add, x − k·hi is exact; without, π/2 comes in parts of 11 bits whose products with k are exact. Minimax
+// polynomials, 1.8e-9 and 5e-11. (Reducing by π instead saves the swap, needs two more terms, and misses 1e-7.)
 FM_HOST_DEVICE void sincos(F phase, F& s, F& c) {
   const FV x = phase.v;
-  const FV shifted = x * 0x1.45f306p-2f + 0x1.8p+23f;  // round(x/π) in the low bits of the mantissa
+  const FV shifted = x * 0x1.45f306p-1f + 0x1.8p+23f;  // round(2x/π) in the low bits of the mantissa
   const FV k = shifted - 0x1.8p+23f;
   FV r;
   if constexpr (kHasFma) {
-    r = x - k * 0x1.921fb6p+1f;
-    r = r - k * -0x1.777a5cp-24f;
+    r = x - k * 0x1.921fb6p+0f;
+    r = r - k * -0x1.777a5cp-25f;
   } else {
-    r = x - k * 0x1.92p+1f;
-    r = r - k * 0x1.fb4p-11f;
-    r = r - k * 0x1.444p-23f;
-    r = r - k * 0x1.68cp-38f;
+    r = x - k * 0x1.92p+0f;
+    r = r - k * 0x1.fb4p-12f;
+    r = r - k * 0x1.444p-24f;
+    r = r - k * 0x1.68cp-39f;
   }
-  const FI odd = (FI)shifted << 31;
   const FV q = r * r;
-  const FV sine = r + r * q * horner(q, -0.166666567f, 0.00833301712f, -0.000198066002f, 2.6000223e-06f);
-  const FV cosine = horner(q, 1.0f, -0.5f, 0.0416666418f, -0.00138884038f, 2.476187e-05f, -2.60768047e-07f);
-  s = F((FV)((FI)sine ^ odd));
-  c = F((FV)((FI)cosine ^ odd));
+  const FV sine = r + r * q * horner(q, -0.166666508f, 0.0083319759f, -0.000194952867f);
+  const FV cosine = horner(q, 1.0f, -0.5f, 0.0416666232f, -0.001388676f, 2.43900395e-05f);
+  const FI quadrant = (FI)shifted, swap = (quadrant & 1) != 0;
+  s = F((FV)((FI)(swap ? cosine : sine) ^ ((quadrant & 2) << 30)));
+  c = F((FV)((FI)(swap ? sine : cosine) ^ (((quadrant + 1) & 2) << 30)));
 }
-
 
 // 2^k for integer-valued k in [-250, 250], in two factors, so that results may be subnormal or infinite.
 FM_HOST_DEVICE void scale_parts(FV k, FV& a, FV& b) {
@@ -207,10 +206,13 @@ FM_HOST_DEVICE F expm1(F x) {
   const FV scale = a * b;  // for x > 88 both parts reach infinity
   return select(F(scale) > F(1e38f), F(FV{} + INFINITY), F(p * scale + (scale - 1.0f)));
 }
+// e / (e + 2), e = expm1(2|x|); as 1 − 2 / (e + 2) where e > 1, which rounds once near 1.
 FM_HOST_DEVICE F tanh(F x) {
-  const F two = select(x < F(-15.0f), F(-30.0f), select(x > F(15.0f), F(30.0f), x + x));
-  const F e = expm1(two);
-  return e / (e + F(2.0f));
+  const F size = abs(x), e = expm1(select(size > F(15.0f), F(30.0f), size + size));
+  const auto large = e > F(1.0f);
+  const F ratio = select(large, F(2.0f), e) / (e + F(2.0f));
+  const F t = select(large, F(1.0f) - ratio, ratio);
+  return select(x < F(0.0f), -t, t);
 }
 // For u in [0, 1]: 2 atanh(w), w = u / (2 + u) <= 1/3.
 FM_HOST_DEVICE F log1p(F u) {
