@@ -17,7 +17,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .PHONY: demo test test-full bench lint clean
 
-$(READY): pyproject.toml setup.py
+SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+
+$(READY): pyproject.toml setup.py $(SOURCES)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "fastmeta needs Python 3.10 or newer; $(PYTHON) is older (set PYTHON=)"; exit 2; }
 	@if [ ! -x $(BIN)/python ]; then \
 	  if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi; \
@@ -41,8 +43,9 @@ bench: $(READY)
 	@$(BIN)/python -m pytest benchmarks -p no:xdist --timeout 1800
 
 lint: $(READY)
-	@$(BIN)/python -c "import ruff, mypy" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	@$(BIN)/python -c "import ruff, mypy, clang_format" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs/demo

@@ -1,9 +1,9 @@
-"""What pyproject.toml cannot say: the CPU kernels, compiled once per instruction set; and their sources, which travel
-inside the package as fastmeta/csrc.
+"""What pyproject.toml cannot say: the CPU kernels, compiled once per instruction set; and their
+sources, which travel inside the package as fastmeta/csrc.
 
-Without a C++ compiler the package installs all the same, and ``fastmeta info`` says what is missing.
-FASTMETA_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see ``make asan``); MAX_JOBS bounds the
-compilers that run at a time.
+Without a C++ compiler the package installs all the same, and ``fastmeta info`` says what is
+missing. FASTMETA_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see ``make
+asan``); MAX_JOBS bounds the compilers that run at a time.
 """
 
 import os
@@ -20,7 +20,14 @@ NAMES = {".".join(["fastmeta", *folder.parts]): str(folder) for folder in sorted
 
 SANITIZE = os.environ.get("FASTMETA_SANITIZE", "0") not in ("", "0")
 # no -ffast-math: the argument reductions count on the order of operations
-FLAGS = ["-std=c++17", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = [
+    "-std=c++17",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 FLAGS += ["-O1", "-g", "-fsanitize=address,undefined"] if SANITIZE else ["-O3", "-g0"]
 # never -march=native: the instruction set is chosen when the module runs
 ISAS = {

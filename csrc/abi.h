@@ -1,7 +1,9 @@
-// What crosses the border between Python and the kernels: plain structs and the lists that both sides expand.
+// What crosses the border between Python and the kernels: plain structs and the lists that both
+// sides expand.
 //
-// No torch header is included anywhere below csrc: pointers cross as integers. fastmeta/spec.py, batch.py and rules.py
-// hold the same lists in the same order; a test compares them, and a worker's number for a name is its place here.
+// No torch header is included anywhere below csrc: pointers cross as integers. fastmeta/spec.py,
+// batch.py and rules.py hold the same lists in the same order; a test compares them, and a worker's
+// number for a name is its place here.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +31,8 @@
   X(mse)             \
   X(l1)
 
-// What a network is measured by: its values at points, a CT projection of its image, compositing along rays.
+// What a network is measured by: its values at points, a CT projection of its image, compositing
+// along rays.
 #define FM_MEASURES(X) \
   X(none)              \
   X(project)           \
@@ -65,15 +68,16 @@ enum class Op : int { FM_OPS(FM_NAME) };
 
 constexpr int kMaxDepth = 64;  // linear layers
 
-// Arrays are dense, of one scalar type (float or double) throughout a call; counts and seeds are int64. A stride is
-// the distance between tasks in elements; 0 where all tasks share one row.
+// Arrays are dense, of one scalar type (float or double) throughout a call; counts and seeds are
+// int64. A stride is the distance between tasks in elements; 0 where all tasks share one row.
 
 struct Network {
   int64_t in = 0, out = 0, width = 0, depth = 0;
   Activation activation = Activation::k_relu;
   Output output = Output::k_linear;
   double w0 = 1, w0_first = 1, shift = 0;
-  // h_0 = q in the first `identity` columns and sin(q) in the others, q = x basis + phase; encoded = 0: h_0 = x
+  // h_0 = q in the first `identity` columns and sin(q) in the others, q = x basis + phase; encoded
+  // = 0: h_0 = x
   int64_t encoded = 0, identity = 0;
   const void* basis = nullptr;  // [in, encoded]
   const void* phase = nullptr;  // [encoded]
@@ -140,7 +144,8 @@ struct Job {
   int order = 2;
   void* rates = nullptr;  // gradient of the rates, [K or 1, T or 1, P or 1], summed over what is 1
   int64_t rates_size[3] = {0, 0, 0};
-  int64_t budget = 0;  // bytes of activations kept between the passes of a meta-gradient or a projection
+  int64_t budget =
+      0;  // bytes of activations kept between the passes of a meta-gradient or a projection
 };
 
 }  // namespace fastmeta

@@ -1,7 +1,8 @@
 """The compiled workers' border: tensors become pointers, strides and plain structs; nothing else.
 
-``cpu`` runs float32 and float64 on the processor, many tasks at once, with torch's number of threads. The same
-number of threads gives the same bits; another number adds the points' gradients in another order.
+``cpu`` runs float32 and float64 on the processor, many tasks at once, with torch's number of
+threads. The same number of threads gives the same bits; another number adds the points' gradients
+in another order.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .spec import MLP
 DEFAULT_MEMORY = 2**30
 
 _BUILD = (
-    "it is compiled when fastmeta is installed and needs GCC 10 or newer (Debian: apt install g++); then "
-    "pip install --force-reinstall --no-deps --no-cache-dir fastmeta"
+    "it is compiled when fastmeta is installed and needs GCC 10 or newer (Debian: apt install "
+    "g++); then pip install --force-reinstall --no-deps --no-cache-dir fastmeta"
 )
 
 
@@ -45,8 +46,8 @@ def _library() -> ModuleType:
     for name, names in ours.items():
         if getattr(library, name) != names:
             raise ImportError(
-                f"fastmeta._cpu lists {name} as {getattr(library, name)}, fastmeta {names}: it was built from other "
-                f"sources; {_BUILD}"
+                f"fastmeta._cpu lists {name} as {getattr(library, name)}, fastmeta {names}: it was "
+                f"built from other sources; {_BUILD}"
             )
     return library
 
@@ -77,7 +78,9 @@ class _Cpu:
         if case.dtype not in (torch.float32, torch.float64):
             reasons.append(f"dtype {case.dtype} (float32 and float64 only)")
         if case.precision not in (None, "fp32"):
-            reasons.append(f"precision {case.precision!r} (fp32 only; float64 by the tensors' dtype)")
+            reasons.append(
+                f"precision {case.precision!r} (fp32 only; float64 by the tensors' dtype)"
+            )
         if case.net is not None and case.net.depth > _library().MAX_DEPTH:
             reasons.append(f"depth {case.net.depth} ({_library().MAX_DEPTH} at most)")
         return reasons
@@ -132,8 +135,8 @@ class _Call:
         self.job = _library().Job()
         self.job.op = _library().OPS.index(op)
         self.job.threads = torch.get_num_threads()
-        self.job.net, self.alive = _network(net, dtype)
-        self.alive = list(self.alive)
+        self.job.net, tensors = _network(net, dtype)
+        self.alive = list(tensors)
         self.dtype = dtype
 
     def hold(self, tensor: Tensor) -> int:
@@ -145,7 +148,7 @@ class _Call:
         return self.hold(tensor.contiguous())
 
     def rows(self, name: str, tensor: Tensor) -> None:
-        """Sets a field to [T or 1, ...], whose rows are dense; one row, or one repeated, has stride 0."""
+        """Sets a field to [T or 1, ...]: dense rows; one row, or one repeated, has stride 0."""
         if not tensor[0].is_contiguous():
             tensor = tensor.contiguous()
         setattr(self.job, name, self.hold(tensor))
@@ -180,7 +183,10 @@ class _Call:
             assert isinstance(batch.measure, March)
             near, far = batch.x.bounds
             data.march = _march(batch.measure)
-            data.origins, data.directions = self.dense(batch.x.origins), self.dense(batch.x.directions)
+            data.origins, data.directions = (
+                self.dense(batch.x.origins),
+                self.dense(batch.x.directions),
+            )
             data.near, data.far = self.dense(near), self.dense(far)
             return
         x = batch.x if batch.x.dim() == 3 else batch.x[None]
@@ -262,7 +268,7 @@ class Passes:
         return dy.view(gy.shape), dp, _like(dx, x)
 
     def _points(self, op: str, net: MLP, params: Tensor, x: Tensor) -> tuple[_Call, int, int]:
-        """A call on points alone, and (T, N). One network at many tasks' points is one task of T·N points."""
+        """A call on points alone, and (T, N). One network at T tasks' points is one task of T·N."""
         T, N = max(params.shape[0], x.shape[0]), x.shape[1]
         call = _Call(op, net, x.dtype)
         if params.shape[0] == 1 and T > 1:
@@ -271,7 +277,9 @@ class Passes:
         call.rows("params", params)
         return call, T, N
 
-    def _task(self, op: str, net: MLP, params: Tensor, batch: Batch, step: int, memory: int | None) -> _Call:
+    def _task(
+        self, op: str, net: MLP, params: Tensor, batch: Batch, step: int, memory: int | None
+    ) -> _Call:
         call = _Call(op, net, params.dtype)
         call.batch(call.job.data, batch)
         call.rows("params", params)
@@ -347,7 +355,11 @@ class Passes:
         if batch.query is not None:
             call.batch(call.job.query, batch.query)
         loss, grad = call.out("loss", batch.tasks), call.out("grad", net.num_params)
-        rates = None if learned is None else torch.zeros_like(learned, memory_format=torch.contiguous_format)
+        rates = (
+            None
+            if learned is None
+            else torch.zeros_like(learned, memory_format=torch.contiguous_format)
+        )
         if rates is not None:
             call.job.rates = call.hold(rates)
             call.job.rates_size = (1,) * (3 - rates.dim()) + tuple(rates.shape)
@@ -386,11 +398,12 @@ class Passes:
         job.run(self.isa, raw.dtype == torch.float64)
         return (*shown, *adjoints)
 
-    def _rays(self, raw: Tensor, t: Tensor, march: March, **more: Tensor) -> tuple[Any, list[Tensor]]:
+    def _rays(
+        self, raw: Tensor, t: Tensor, march: March, **more: Tensor
+    ) -> tuple[Any, list[Tensor]]:
         job = _library().CompositeJob()
         job.march, job.threads = _march(march), torch.get_num_threads()
-        job.rays = t.numel() // march_samples(t)
-        job.march.samples = march_samples(t)
+        job.rays, job.march.samples = t.numel() // t.shape[-1], t.shape[-1]
         alive = []
         for name, tensor in {"raw": raw, "t": t, **more}.items():
             alive.append(tensor.contiguous())
@@ -414,11 +427,6 @@ class Passes:
         setattr(job, "from", source.data_ptr())
         job.run(self.isa, source.dtype == torch.float64)
         return result
-
-
-def march_samples(t: Tensor) -> int:
-    """S of sampled rays t [...,S]."""
-    return t.shape[-1]
 
 
 def _like(gradient: Tensor, x: Tensor) -> Tensor:

@@ -849,9 +849,7 @@ def inner_loop(
             updates[k] = u
     if thetas is not None:
         thetas[K] = theta
-    return Trajectory(
-        theta.contiguous() if K else theta.clone(), losses, thetas, states, updates
-    )
+    return Trajectory(theta.contiguous() if K else theta.clone(), losses, thetas, states, updates)
 
 
 # Meta-gradients: walking back over the inner steps ---
@@ -931,9 +929,7 @@ def maml(
     rates = None
     if second:
         assert loop.thetas is not None
-        lam, rates = walk(
-            net, loop.thetas, loop.states, batch, lr, rule, lam, learned, max_memory
-        )
+        lam, rates = walk(net, loop.thetas, loop.states, batch, lr, rule, lam, learned, max_memory)
     elif learned is not None:
         assert loop.updates is not None
         rates = torch.zeros_like(learned)

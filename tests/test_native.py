@@ -102,7 +102,9 @@ def test_passes(passes, net, dtype):
 
 
 @pytest.mark.parametrize("width", [1, 4, 8, 15, 16, 17, 31, 32, 33, 48, 65, 100])
-@pytest.mark.parametrize(("tasks", "points"), [(1, 1), (3, 15), (2, 16), (1, 17), (1, 63), (2, 300)])
+@pytest.mark.parametrize(
+    ("tasks", "points"), [(1, 1), (3, 15), (2, 16), (1, 17), (1, 63), (2, 300)]
+)
 def test_tails(passes, width, tasks, points):
     net = fm.siren(3, 2, width, 4, 4.0)
     p, v = (parameters(net, tasks, seed).float() for seed in (1, 5))
@@ -145,7 +147,9 @@ def test_inputs_need_not_be_dense_or_aligned(passes):
     near("loss_grad", net, p, fm.Batch(x, y), passes=passes)
     near("loss_grad", net, p[:1].expand(2, -1), fm.Batch(x, y), passes=passes)
     near("mlp_grad", net, parameters(net, 4).float()[::2], x, y, passes=passes)
-    lr = torch.rand(net.num_params, 2).T.expand(3, -1, -1) * 1e-2  # parameters are not its last stride
+    lr = (
+        torch.rand(net.num_params, 2).T.expand(3, -1, -1) * 1e-2
+    )  # parameters are not its last stride
     ours = passes.adapt(net, p, fm.Batch(x, y), lr, fm.rules.SGD())
     want = reference.adapt(net, p, fm.Batch(x, y), lr, fm.rules.SGD())
     assert error(ours[0], want[0]) < 1e-6
@@ -178,9 +182,7 @@ def test_projections(passes, size):
     net = fm.fourier_mlp(2, 1, 20, 3, features=9, scale=3.0)
     grid = torch.stack(torch.meshgrid(*[torch.arange(size) / size] * 2, indexing="xy"), -1)
     angles = rand(2, 3, seed=2, high=3.0).float()
-    batch = fm.Batch(
-        grid.view(-1, 2), rand(2, 3, size, seed=1).float(), measure=fm.Project(angles)
-    )
+    batch = fm.Batch(grid.view(-1, 2), rand(2, 3, size, seed=1).float(), measure=fm.Project(angles))
     p, v = (parameters(net, 2, seed).float() for seed in (1, 5))
     near("loss_grad", net, p, batch, passes=passes)
     near("loss_hvp", net, p, v, batch, passes=passes)
@@ -249,9 +251,7 @@ def held(net, points, steps, memory, tasks=1):
     batch = fm.Batch(torch.rand(points, 2), torch.rand(tasks, points, 3))
     lr = torch.full((1, 1, 1), 1e-3).expand(steps, tasks, net.num_params)
     library.release()
-    native.cpu.passes.maml(
-        net, net.init(1), batch, lr, fm.rules.SGD(), order=2, max_memory=memory
-    )
+    native.cpu.passes.maml(net, net.init(1), batch, lr, fm.rules.SGD(), order=2, max_memory=memory)
     return library.held()
 
 
@@ -427,8 +427,7 @@ print(sorted({p for p in maps if "gomp" in p or "iomp" in p or "libomp" in p}))
 
 
 def test_the_hot_loops_keep_their_operands_in_registers():
-    """GCC may spill the vectors of B into the loop: a multiply-add with a stack operand, at half the
-    speed."""
+    """GCC may spill the vectors of B into the loop: multiply-adds with stack operands, half as fast."""
     if shutil.which("objdump") is None:
         pytest.skip("no objdump")
     path = native._library().__file__

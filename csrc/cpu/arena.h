@@ -1,7 +1,7 @@
 // The memory a call works in: one block per calling thread, kept for the next call.
 //
-// Fresh pages cost more than the arithmetic on them (a meta-gradient may keep 25 MB of activations per task and step), so
-// the block is grown and reused, and freed when its thread ends.
+// Fresh pages cost more than the arithmetic on them (a meta-gradient may keep 25 MB of activations
+// per task and step), so the block is grown and reused, and freed when its thread ends.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// The Python module fastmeta._cpu: structs with writable fields, pointers as integers, and the calls.
+// The Python module fastmeta._cpu: structs with writable fields, pointers as integers, and the
+// calls.
 #include <pybind11/pybind11.h>
 #include <sys/mman.h>
 
@@ -41,7 +42,8 @@ bool supported(const IsaTable* table) {
 const IsaTable& find(const char* name) {
   for (const IsaTable* table : kTables)
     if (std::strcmp(table->name, name) == 0 && supported(table)) return *table;
-  throw py::value_error(std::string("instruction set '") + name + "' is not one this processor runs");
+  throw py::value_error(std::string("instruction set '") + name +
+                        "' is not one this processor runs");
 }
 
 py::tuple isas() {
@@ -55,7 +57,10 @@ py::tuple isas() {
 double fma_peak(const char* isa, int threads, double seconds) {
   const IsaTable& table = find(isa);
   py::gil_scoped_release release;
-  const auto now = [] { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
+  const auto now = [] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  };
   double best = 0;
   for (const double end = now() + seconds; now() < end;) {
     double count = 0;
@@ -85,7 +90,8 @@ void number(py::class_<C>& c, const char* name, E C::*field) {
 template <class C>
 void triple(py::class_<C>& c, const char* name, int64_t (C::*field)[3]) {
   c.def_property(
-      name, [field](const C& x) { return py::make_tuple((x.*field)[0], (x.*field)[1], (x.*field)[2]); },
+      name,
+      [field](const C& x) { return py::make_tuple((x.*field)[0], (x.*field)[1], (x.*field)[2]); },
       [field](C& x, const py::tuple& v) {
         for (size_t i = 0; i < 3; ++i) (x.*field)[i] = v[i].cast<int64_t>();
       });
@@ -142,7 +148,8 @@ PYBIND11_MODULE(_cpu, m) {
     using C = Network;
     py::class_<C> c(m, "Network");
     c.def(py::init<>());
-    FM_FIELD(in), FM_FIELD(out), FM_FIELD(width), FM_FIELD(depth), FM_ENUM(activation), FM_ENUM(output);
+    FM_FIELD(in), FM_FIELD(out), FM_FIELD(width), FM_FIELD(depth), FM_ENUM(activation),
+        FM_ENUM(output);
     FM_FIELD(w0), FM_FIELD(w0_first), FM_FIELD(shift), FM_FIELD(encoded), FM_FIELD(identity);
     FM_POINTER(basis), FM_POINTER(phase);
   }
@@ -156,9 +163,12 @@ PYBIND11_MODULE(_cpu, m) {
     using C = Data;
     py::class_<C> c(m, "Data");
     c.def(py::init<>());
-    FM_FIELD(tasks), FM_FIELD(points), FM_FIELD(per_step), FM_POINTER(x), FM_FIELD(x_stride), FM_POINTER(y);
-    FM_POINTER(counts), FM_POINTER(seed), FM_ENUM(loss), FM_FIELD(clamp), FM_ENUM(measure), FM_FIELD(march);
-    FM_POINTER(origins), FM_POINTER(directions), FM_POINTER(near), FM_POINTER(far), FM_POINTER(pixels);
+    FM_FIELD(tasks), FM_FIELD(points), FM_FIELD(per_step), FM_POINTER(x), FM_FIELD(x_stride),
+        FM_POINTER(y);
+    FM_POINTER(counts), FM_POINTER(seed), FM_ENUM(loss), FM_FIELD(clamp), FM_ENUM(measure),
+        FM_FIELD(march);
+    FM_POINTER(origins), FM_POINTER(directions), FM_POINTER(near), FM_POINTER(far),
+        FM_POINTER(pixels);
     FM_FIELD(angles), FM_FIELD(size);
   }
   {
@@ -173,9 +183,12 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<C> c(m, "Job");
     c.def(py::init<>());
     FM_ENUM(op), FM_FIELD(threads), FM_FIELD(net), FM_FIELD(data), FM_FIELD(query);
-    FM_POINTER(params), FM_FIELD(params_stride), FM_POINTER(v), FM_FIELD(v_stride), FM_POINTER(w), FM_FIELD(w_stride);
-    FM_POINTER(gy), FM_FIELD(step), FM_POINTER(y), FM_POINTER(loss), FM_POINTER(grad), FM_POINTER(hv), FM_POINTER(gx);
-    FM_FIELD(steps), FM_FIELD(rule), FM_POINTER(lr), FM_POINTER(theta), FM_POINTER(thetas), FM_FIELD(order);
+    FM_POINTER(params), FM_FIELD(params_stride), FM_POINTER(v), FM_FIELD(v_stride), FM_POINTER(w),
+        FM_FIELD(w_stride);
+    FM_POINTER(gy), FM_FIELD(step), FM_POINTER(y), FM_POINTER(loss), FM_POINTER(grad),
+        FM_POINTER(hv), FM_POINTER(gx);
+    FM_FIELD(steps), FM_FIELD(rule), FM_POINTER(lr), FM_POINTER(theta), FM_POINTER(thetas),
+        FM_FIELD(order);
     FM_POINTER(rates), FM_FIELD(budget);
     triple(c, "lr_stride", &C::lr_stride);
     triple(c, "rates_size", &C::rates_size);
@@ -189,8 +202,10 @@ PYBIND11_MODULE(_cpu, m) {
     using C = CompositeJob;
     py::class_<C> c(m, "CompositeJob");
     c.def(py::init<>());
-    FM_FIELD(march), FM_FIELD(threads), FM_FIELD(rays), FM_POINTER(raw), FM_POINTER(t), FM_POINTER(vraw);
-    FM_POINTER(vt), FM_POINTER(grgb), FM_POINTER(gdepth), FM_POINTER(gacc), FM_POINTER(rgb), FM_POINTER(depth);
+    FM_FIELD(march), FM_FIELD(threads), FM_FIELD(rays), FM_POINTER(raw), FM_POINTER(t),
+        FM_POINTER(vraw);
+    FM_POINTER(vt), FM_POINTER(grgb), FM_POINTER(gdepth), FM_POINTER(gacc), FM_POINTER(rgb),
+        FM_POINTER(depth);
     FM_POINTER(acc), FM_POINTER(graw), FM_POINTER(gt);
     c.def("run", [](const C& job, const char* isa, bool wide) {
       const IsaTable& table = find(isa);
@@ -202,7 +217,8 @@ PYBIND11_MODULE(_cpu, m) {
     using C = ProjectJob;
     py::class_<C> c(m, "ProjectJob");
     c.def(py::init<>());
-    FM_FIELD(threads), FM_FIELD(tasks), FM_FIELD(angles), FM_FIELD(size), FM_POINTER(pixels), FM_POINTER(from);
+    FM_FIELD(threads), FM_FIELD(tasks), FM_FIELD(angles), FM_FIELD(size), FM_POINTER(pixels),
+        FM_POINTER(from);
     FM_POINTER(to), FM_FIELD(adjoint);
     c.def("run", [](const C& job, const char* isa, bool wide) {
       const IsaTable& table = find(isa);
@@ -213,6 +229,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isas", isas, "Instruction sets this processor runs, the widest first.");
   m.def("fma_peak", fma_peak);
   m.def("poison", &Arena::poison, "Fill working memory with NaN before each call.");
-  m.def("held", [] { return arena.size(); }, "Bytes this thread's calls keep for the next one.");
-  m.def("release", [] { arena.release(); }, "Free them.");
+  m.def(
+      "held", [] { return arena.size(); }, "Bytes this thread's calls keep for the next one.");
+  m.def(
+      "release", [] { arena.release(); }, "Free them.");
 }

@@ -9,7 +9,8 @@ namespace FM_ISA {
 
 // composite alone: rays in runs of about 256 samples per thread and turn.
 template <class T, bool kDual>
-void composite_rays(const CompositeJob& job, RayArrays<T>& r, Planes<T> raw, int64_t ld, int64_t first, int64_t rays) {
+void composite_rays(const CompositeJob& job, RayArrays<T>& r, Planes<T> raw, int64_t ld,
+                    int64_t first, int64_t rays) {
   using N = Number<T, kDual>;
   const int64_t S = job.march.samples, from = first * S, n = rays * S;
   const auto in = [&](const void* p, int64_t i) { return static_cast<const T*>(p)[i]; };
@@ -28,7 +29,8 @@ void composite_rays(const CompositeJob& job, RayArrays<T>& r, Planes<T> raw, int
   };
   march_forward<T, kDual>(r, rays, raw, ld, job.march, [&](int64_t ray, const Shown<N>& shown) {
     if (!job.rgb) return;
-    for (int c = 0; c < 3; ++c) static_cast<T*>(job.rgb)[(first + ray) * 3 + c] = part(shown.rgb[c]);
+    for (int c = 0; c < 3; ++c)
+      static_cast<T*>(job.rgb)[(first + ray) * 3 + c] = part(shown.rgb[c]);
     static_cast<T*>(job.depth)[first + ray] = part(shown.depth);
     static_cast<T*>(job.acc)[first + ray] = part(shown.acc);
   });
@@ -53,7 +55,8 @@ void composite_rays(const CompositeJob& job, RayArrays<T>& r, Planes<T> raw, int
 
 template <class T>
 void run_composite(const CompositeJob& job, Arena& arena) {
-  const int64_t S = job.march.samples, turn = most(1, 256 / S), ld = ceil_div(turn * S, Pack<T>::kLanes) * Pack<T>::kLanes;
+  const int64_t S = job.march.samples, turn = most(1, 256 / S),
+                ld = ceil_div(turn * S, Pack<T>::kLanes) * Pack<T>::kLanes;
   const bool dual = job.vraw != nullptr;
   struct Place {
     RayArrays<T> rays;
@@ -100,7 +103,8 @@ void run_project(const ProjectJob& job) {
   const int64_t parts = ceil_div(job.threads, job.tasks);  // ranges of pixels per task
 #pragma omp parallel for num_threads(job.threads) schedule(static)
   for (int64_t i = 0; i < job.tasks * parts; ++i) {
-    const int64_t t = i / parts, part = i % parts, first = pixels * part / parts, last = pixels * (part + 1) / parts;
+    const int64_t t = i / parts, part = i % parts, first = pixels * part / parts,
+                  last = pixels * (part + 1) / parts;
     T* image = to + t * pixels;
     for (int64_t k = first; k < last; ++k) image[k] = 0;
     for (int64_t a = t * A; a < (t + 1) * A; ++a)

@@ -1,7 +1,9 @@
-// The programs: what a call does with each of its tasks, and the memory and threads it does it with.
+// The programs: what a call does with each of its tasks, and the memory and threads it does it
+// with.
 //
-// Tasks are shared out twice: first as many whole tasks to each thread as there are for all, then the rest to crews of
-// several threads. All memory is planned and taken before the threads start; nothing is allocated while they run.
+// Tasks are shared out twice: first as many whole tasks to each thread as there are for all, then
+// the rest to crews of several threads. All memory is planned and taken before the threads start;
+// nothing is allocated while they run.
 #pragma once
 
 #include <omp.h>
@@ -59,7 +61,8 @@ template <class T>
 void carve_shared(Carver& c, const Engine<T>& e, Shared<T>& s) {
   const Job& job = e.job;
   const int64_t P = e.plan.params, K = job.steps;
-  const bool loops = job.op == Op::k_adapt || job.op == Op::k_maml, walks = job.op == Op::k_maml && job.order == 2;
+  const bool loops = job.op == Op::k_adapt || job.op == Op::k_maml,
+             walks = job.op == Op::k_maml && job.order == 2;
   s.packed = c.take<T>(e.plan.packed);
   s.packed_v = e.dual ? c.take<T>(e.plan.packed) : nullptr;
   s.theta = loops ? c.take<T>(walks ? (K + 1) * P : P) : nullptr;
@@ -69,13 +72,15 @@ void carve_shared(Carver& c, const Engine<T>& e, Shared<T>& s) {
   s.updates = e.keeps_updates ? c.take<T>(K * P) : nullptr;
   s.lambda = job.op == Op::k_maml ? c.take<T>(P) : nullptr;
   s.direction = walks ? c.take<T>((1 + e.states) * P) : nullptr;
-  s.image = c.planes<T>(most(projected<T>(job.data, false), projected<T>(job.query, false)), e.dual);
+  s.image =
+      c.planes<T>(most(projected<T>(job.data, false), projected<T>(job.query, false)), e.dual);
   s.line = c.planes<T>(most(projected<T>(job.data, true), projected<T>(job.query, true)), e.dual);
   s.kept = c.take<T>(e.store.slots * e.store.slot_size);
   s.temporary = c.take<T>(e.store.temporaries * e.store.temporary_size);
 }
 
-// How many tiles may be kept within the budget: temporaries of a projection first, then steps of a meta-gradient.
+// How many tiles may be kept within the budget: temporaries of a projection first, then steps of a
+// meta-gradient.
 template <class T>
 void plan_store(Engine<T>& e, int64_t capacity) {
   const Job& job = e.job;
@@ -95,16 +100,19 @@ void plan_engine(Engine<T>& e, const Job& job) {
   e.job = job;
   const bool external = job.op == Op::k_mlp_grad || job.op == Op::k_mlp_dual;
   make_plan(e.plan, job.net, external && job.gx != nullptr);
-  e.dual = job.op == Op::k_loss_hvp || job.op == Op::k_mlp_dual || (job.op == Op::k_maml && job.order == 2);
+  e.dual = job.op == Op::k_loss_hvp || job.op == Op::k_mlp_dual ||
+           (job.op == Op::k_maml && job.order == 2);
   e.states = job.rule.kind == RuleKind::k_adam ? 2 : job.rule.kind == RuleKind::k_momentum ? 1 : 0;
   e.keeps_updates = job.op == Op::k_maml && job.rates != nullptr;
   const int64_t T_ = job.data.tasks, n = job.threads;
   const int64_t rest = T_ % n, crew = rest ? ceil_div(n, rest) : 1;
   e.threads = job.threads;
   e.flights = static_cast<int>(T_ >= n ? n : T_);
-  // a tile: panels that fit the second-level cache beside the weights on their way through, 64 to 128 points
+  // a tile: panels that fit the second-level cache beside the weights on their way through, 64 to
+  // 128 points
   const int64_t lanes = Pack<T>::kLanes;
-  const int64_t per_point = job.net.width * (job.net.depth - 1) * 2 * (e.dual ? 2 : 1) * static_cast<int64_t>(sizeof(T));
+  const int64_t per_point =
+      job.net.width * (job.net.depth - 1) * 2 * (e.dual ? 2 : 1) * static_cast<int64_t>(sizeof(T));
   const int64_t target = most(64, least(128, kTileBytes / per_point)) / lanes * lanes;
   e.grid = make_grid(e.job.data, target, lanes, crew);
   e.query = e.job.query.tasks ? make_grid(e.job.query, target, lanes, crew) : e.grid;
@@ -207,15 +215,17 @@ void single_pass(const Engine<T>& e, const Crew<T>& crew, int64_t task) {
   }
   if (job.loss && crew.rank == 0) static_cast<T*>(job.loss)[task] = loss_of(crew);
   T* grad = static_cast<T*>(job.grad) + task * p.params;
-  if (job.grad) write_rows(crew, p, job.op == Op::k_mlp_dual ? &Hand<T>::grad_d : &Hand<T>::grad, grad);
+  if (job.grad)
+    write_rows(crew, p, job.op == Op::k_mlp_dual ? &Hand<T>::grad_d : &Hand<T>::grad, grad);
   if (job.hv) write_rows(crew, p, &Hand<T>::grad_d, static_cast<T*>(job.hv) + task * p.params);
   crew.meet();
 }
 
-// One inner step on a unit: θ' = θ − α ⊙ u, packed at once. States move in place, or from place k−1 to place k.
+// One inner step on a unit: θ' = θ − α ⊙ u, packed at once. States move in place, or from place k−1
+// to place k.
 template <class T>
-void update_unit(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t k, const Layer& y, int64_t b,
-                 const T* theta, T* next) {
+void update_unit(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t k, const Layer& y,
+                 int64_t b, const T* theta, T* next) {
   const Job& job = e.job;
   const int64_t P = e.plan.params;
   Shared<T>& s = *crew.shared;
@@ -260,7 +270,8 @@ void inner_loop(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t s
   const int64_t P = e.plan.params;
   Shared<T>& s = *crew.shared;
   const auto keep = [&](const Layer& y, int64_t b, int64_t k, const T* theta) {
-    if (job.thetas) copy_unit(y, b, theta, static_cast<T*>(job.thetas) + (k * job.data.tasks + task) * P);
+    if (job.thetas)
+      copy_unit(y, b, theta, static_cast<T*>(job.thetas) + (k * job.data.tasks + task) * P);
   };
   each_unit(crew, e.plan, [&](const Layer& y, int64_t b) {
     copy_unit(y, b, row_of<T>(job.params, job.params_stride, task), s.theta);
@@ -273,7 +284,8 @@ void inner_loop(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t s
     pass.slot = k * e.grid.tiles;
     pass.keep = Keep::kStore;
     run_pass<T, false>(crew, s.packed, nullptr, pass);
-    if (job.op == Op::k_adapt && crew.rank == 0) static_cast<T*>(job.loss)[k * job.data.tasks + task] = loss_of(crew);
+    if (job.op == Op::k_adapt && crew.rank == 0)
+      static_cast<T*>(job.loss)[k * job.data.tasks + task] = loss_of(crew);
     const T* theta = s.theta + k * stride;
     T* next = s.theta + (k + 1) * stride;
     each_unit(crew, e.plan, [&](const Layer& y, int64_t b) {
@@ -288,13 +300,15 @@ template <class T>
 void adapt(const Engine<T>& e, const Crew<T>& crew, int64_t task) {
   inner_loop(e, crew, task, 0);
   T* theta = static_cast<T*>(e.job.theta) + task * e.plan.params;
-  each_unit(crew, e.plan, [&](const Layer& y, int64_t b) { copy_unit(y, b, crew.shared->theta, theta); });
+  each_unit(crew, e.plan,
+            [&](const Layer& y, int64_t b) { copy_unit(y, b, crew.shared->theta, theta); });
   crew.meet();
 }
 
 // ā_k = −λ ⊙ u_k on a unit, added to where the rates' shape sums it.
 template <class T>
-void add_rates(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t k, const Layer& y, int64_t b) {
+void add_rates(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t k, const Layer& y,
+               int64_t b) {
   const int64_t *size = e.job.rates_size, P = e.plan.params;
   const int64_t kr = size[0] > 1 ? k : 0, tr = size[1] > 1 ? task : 0;
   const T *lambda = crew.shared->lambda, *u = crew.shared->updates + k * P;
@@ -304,7 +318,8 @@ void add_rates(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t k,
   each_range<T>(y, b, [&](int64_t at, int64_t count) {
     if (one) {
       double total = 0;
-      for (int64_t i = at; i < at + count; ++i) total += static_cast<double>(lambda[i]) * static_cast<double>(u[i]);
+      for (int64_t i = at; i < at + count; ++i)
+        total += static_cast<double>(lambda[i]) * static_cast<double>(u[i]);
       *to -= static_cast<T>(total);
     } else {
       for (int64_t i = at; i < at + count; ++i) to[i] -= lambda[i] * u[i];
@@ -312,9 +327,11 @@ void add_rates(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t k,
   });
 }
 
-// ū = −α ⊙ λ through the rule's step k: the direction ḡ of the Hessian-vector product, packed at once.
+// ū = −α ⊙ λ through the rule's step k: the direction ḡ of the Hessian-vector product, packed at
+// once.
 template <class T>
-void direction_unit(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t k, const Layer& y, int64_t b) {
+void direction_unit(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t k,
+                    const Layer& y, int64_t b) {
   const Job& job = e.job;
   const int64_t P = e.plan.params;
   Shared<T>& s = *crew.shared;
@@ -322,7 +339,8 @@ void direction_unit(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64
   const T* lr = static_cast<const T*>(job.lr) + k * job.lr_stride[0] + task * job.lr_stride[1];
   const int64_t each = job.lr_stride[2];
   const bool adam = rule.kind == RuleKind::k_adam, last = k == job.steps - 1;
-  T *a0 = s.direction + P, *a1 = s.direction + 2 * P;  // adjoints of the states, where there are any
+  T *a0 = s.direction + P,
+    *a1 = s.direction + 2 * P;  // adjoints of the states, where there are any
   each_range<T>(y, b, [&](int64_t at, int64_t count) {
     for (int64_t i = at; i < at + count; ++i) {
       const T ubar = -lr[each * i] * s.lambda[i];
@@ -374,7 +392,8 @@ void maml(const Engine<T>& e, const Crew<T>& crew, int64_t task) {
     pass.slot = k * e.grid.tiles;
     pass.keep = Keep::kLoad;
     run_pass<T, true>(crew, s.packed, s.packed_v, pass);
-    const T decay = job.rule.kind == RuleKind::k_momentum ? static_cast<T>(job.rule.weight_decay) : T(0);
+    const T decay =
+        job.rule.kind == RuleKind::k_momentum ? static_cast<T>(job.rule.weight_decay) : T(0);
     each_unit(crew, e.plan, [&](const Layer& y, int64_t b) {
       each_row(crew, y, b, &Hand<T>::grad_d, [&](int64_t at, int64_t count, const T* hv) {
         for (int64_t i = 0; i < count; ++i) s.lambda[at + i] += hv[i] + decay * s.direction[at + i];
@@ -392,9 +411,12 @@ void maml(const Engine<T>& e, const Crew<T>& crew, int64_t task) {
 template <class T>
 void run_task(const Engine<T>& e, const Crew<T>& crew, int64_t task) {
   switch (e.job.op) {
-    case Op::k_adapt: return adapt(e, crew, task);
-    case Op::k_maml: return maml(e, crew, task);
-    default: return single_pass(e, crew, task);
+    case Op::k_adapt:
+      return adapt(e, crew, task);
+    case Op::k_maml:
+      return maml(e, crew, task);
+    default:
+      return single_pass(e, crew, task);
   }
 }
 
@@ -438,7 +460,8 @@ void run_thread(Engine<T>& e, int threads, int rank) {
 #pragma omp barrier
   if (rest) {  // crew c has threads [n c / rest, n (c+1) / rest)
     const int64_t c = ((rank + 1) * rest - 1) / threads;
-    const int first = static_cast<int>(threads * c / rest), last = static_cast<int>(threads * (c + 1) / rest);
+    const int first = static_cast<int>(threads * c / rest),
+              last = static_cast<int>(threads * (c + 1) / rest);
     const Crew<T> crew{&e.shared[c], &e.hands[first], last - first, rank - first};
     run_task(e, crew, threads * own + c);
   }

@@ -1,14 +1,17 @@
-// C (+)= Σ A B for one tile: the register-blocked multiply-add kernel below every layer, forward, backward and dW.
+// C (+)= Σ A B for one tile: the register-blocked multiply-add kernel below every layer, forward,
+// backward and dW.
 //
-// A kernel owns MR rows × NV vectors of C in registers (16 of 32 vector registers on AVX-512, 12 of 16 on AVX2) and
-// walks k: NV vector loads of B, MR broadcasts of A, MR·NV multiply-adds. Sums run over k in order. Two products may
-// follow each other into the same registers, as the dual pass needs: Ẇ h + W ḣ.
+// A kernel owns MR rows × NV vectors of C in registers (16 of 32 vector registers on AVX-512, 12 of
+// 16 on AVX2) and walks k: NV vector loads of B, MR broadcasts of A, MR·NV multiply-adds. Sums run
+// over k in order. Two products may follow each other into the same registers, as the dual pass
+// needs: Ẇ h + W ḣ.
 //
 // Layouts, W = 2 vectors of lanes:
-//   panel  [block of W features][point][W]: activations; a layer's weights as [block][k][W] are read as B
-//   thin   [feature][point]: coordinates, network outputs and their adjoints, whose features are few
-// Epilogues stay out of these functions: inlined behind the k loop they make GCC 12 spill the vectors of B, which
-// halves the speed (tests/test_native.py reads the disassembly for it).
+//   panel  [block of W features][point][W]: activations; a layer's weights as [block][k][W] are
+//   read as B thin   [feature][point]: coordinates, network outputs and their adjoints, whose
+//   features are few
+// Epilogues stay out of these functions: inlined behind the k loop they make GCC 12 spill the
+// vectors of B, which halves the speed (tests/test_native.py reads the disassembly for it).
 #pragma once
 
 #include "pack.h"
@@ -29,11 +32,12 @@ constexpr int kRows = 4;
 template <class T>
 constexpr int kWidth = 2 * Pack<T>::kLanes;  // W
 
-// How A(r, k) lies in memory; ld is the distance of blocks (panel) or of features (thin), in elements.
+// How A(r, k) lies in memory; ld is the distance of blocks (panel) or of features (thin), in
+// elements.
 enum class Order {
-  kPoints,      // panel, rows are points, k features
-  kFeatures,    // panel, rows are features of one block, k points
-  kThinPoints,  // thin, rows are points, k features
+  kPoints,       // panel, rows are points, k features
+  kFeatures,     // panel, rows are features of one block, k points
+  kThinPoints,   // thin, rows are points, k features
   kThinFeatures  // thin, rows are features, k points
 };
 enum class Start { kZero, kBias, kAdd };  // C begins at 0, at a row of biases, or at what it holds
@@ -45,7 +49,8 @@ struct Product {
 };
 
 template <class T, int MR, int NV, Order kOrder>
-FM_HOST_DEVICE void accumulate(typename Pack<T>::V (&c)[MR][NV], const T* a, const T* b, int64_t ld, int64_t depth) {
+FM_HOST_DEVICE void accumulate(typename Pack<T>::V (&c)[MR][NV], const T* a, const T* b, int64_t ld,
+                               int64_t depth) {
   using V = typename Pack<T>::V;
   constexpr int W = kWidth<T>, L = Pack<T>::kLanes;
   constexpr bool kBlocked = kOrder == Order::kPoints;
@@ -58,8 +63,8 @@ FM_HOST_DEVICE void accumulate(typename Pack<T>::V (&c)[MR][NV], const T* a, con
       for (int j = 0; j < NV; ++j) bv[j] = *reinterpret_cast<const V*>(b + j * L);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        const T scalar = kOrder == Order::kPoints     ? a[r * W + k]
-                         : kOrder == Order::kFeatures ? a[k * W + r]
+        const T scalar = kOrder == Order::kPoints       ? a[r * W + k]
+                         : kOrder == Order::kFeatures   ? a[k * W + r]
                          : kOrder == Order::kThinPoints ? a[k * ld + r]
                                                         : a[r * ld + k];
         const V av = scalar - V{};
@@ -74,8 +79,8 @@ FM_HOST_DEVICE void accumulate(typename Pack<T>::V (&c)[MR][NV], const T* a, con
 
 // `groups` times MR rows; C row r at c + r·W, the next rows of A `step` further.
 template <class T, int MR, int NV, Order kOrder, Start kStart>
-__attribute__((noinline)) void kernel(int64_t groups, T* c, const T* bias, Product<T> p, Product<T> q, int64_t step,
-                                      int64_t ld, int64_t depth) {
+__attribute__((noinline)) void kernel(int64_t groups, T* c, const T* bias, Product<T> p,
+                                      Product<T> q, int64_t step, int64_t ld, int64_t depth) {
   using V = typename Pack<T>::V;
   constexpr int W = kWidth<T>, L = Pack<T>::kLanes;
   for (; groups > 0; --groups, c += MR * W, p.a += step) {
@@ -101,7 +106,8 @@ __attribute__((noinline)) void kernel(int64_t groups, T* c, const T* bias, Produ
 
 // rows × one block of W columns of C, NV vectors of it.
 template <class T, Order kOrder, Start kStart, int NV>
-void block_rows(int64_t rows, T* c, const T* bias, Product<T> p, Product<T> q, int64_t ld, int64_t depth) {
+void block_rows(int64_t rows, T* c, const T* bias, Product<T> p, Product<T> q, int64_t ld,
+                int64_t depth) {
   constexpr int W = kWidth<T>;
   // the step of A from one row to the next
   const int64_t step = kOrder == Order::kPoints ? W : kOrder == Order::kThinFeatures ? ld : 1;
@@ -123,7 +129,8 @@ void block_rows(int64_t rows, T* c, const T* bias, Product<T> p, Product<T> q, i
 }
 
 template <class T, Order kOrder, Start kStart>
-void block(int64_t rows, int64_t lanes, T* c, const T* bias, Product<T> p, Product<T> q, int64_t ld, int64_t depth) {
+void block(int64_t rows, int64_t lanes, T* c, const T* bias, Product<T> p, Product<T> q, int64_t ld,
+           int64_t depth) {
   if (lanes > Pack<T>::kLanes) {
     block_rows<T, kOrder, kStart, 2>(rows, c, bias, p, q, ld, depth);
   } else {

@@ -6,8 +6,9 @@
 
 namespace fastmeta {
 
-// composite alone. raw [R, S, 4], t [R, S]; vraw and vt null: plain. Forward writes rgb [R, 3], depth [R], acc [R];
-// given the adjoints g*, backward writes graw and gt; with tangents all outputs are tangents.
+// composite alone. raw [R, S, 4], t [R, S]; vraw and vt null: plain. Forward writes rgb [R, 3],
+// depth [R], acc [R]; given the adjoints g*, backward writes graw and gt; with tangents all outputs
+// are tangents.
 struct CompositeJob {
   March march;
   int threads = 1;
@@ -32,7 +33,8 @@ struct IsaTable {
   void (*run[2])(const Job&, Arena&);  // float, double
   void (*composite[2])(const CompositeJob&, Arena&);
   void (*project[2])(const ProjectJob&);
-  double (*multiply_adds)(int64_t rounds);  // float multiply-adds that ran, on one thread, as fast as registers allow
+  double (*multiply_adds)(
+      int64_t rounds);  // float multiply-adds that ran, on one thread, as fast as registers allow
 };
 
 extern const IsaTable kBaselineTable;

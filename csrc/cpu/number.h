@@ -1,4 +1,5 @@
-// Arrays of plain or dual numbers: planes of values and of tangents, read and written a pack at a time.
+// Arrays of plain or dual numbers: planes of values and of tangents, read and written a pack at a
+// time.
 #pragma once
 
 #include "../math/dual.h"
@@ -66,7 +67,8 @@ FM_HOST_DEVICE void put_one(const Planes<T>& p, int64_t i, Dual<T> x) {
   p.d[i] = x.d;
 }
 
-// Memory is planned by one function that runs twice: over a null base to count, then over the real one.
+// Memory is planned by one function that runs twice: over a null base to count, then over the real
+// one.
 struct Carver {
   char* base;
   int64_t used = 0;

@@ -1,8 +1,8 @@
 // Pack<T>: one SIMD register of float or double, for the instruction set this file is compiled for.
 //
-// GCC vector extensions only, so that one source serves SSE2, AVX2, AVX-512 and NEON. float has vector versions of
-// the elementary functions, good to about one rounding of float32; double takes libm lane by lane (it is there to
-// check gradients).
+// GCC vector extensions only, so that one source serves SSE2, AVX2, AVX-512 and NEON. float has
+// vector versions of the elementary functions, good to about one rounding of float32; double takes
+// libm lane by lane (it is there to check gradients).
 #pragma once
 
 #include <type_traits>
@@ -51,8 +51,12 @@ struct Pack {
   FM_HOST_DEVICE explicit Pack(N x) : v(static_cast<T>(x) - V{}) {}
 };
 
-#define FM_PACK template <class T> FM_HOST_DEVICE
-FM_PACK Pack<T> load(const T* p) { return Pack<T>(*reinterpret_cast<const typename Pack<T>::V*>(p)); }
+#define FM_PACK      \
+  template <class T> \
+  FM_HOST_DEVICE
+FM_PACK Pack<T> load(const T* p) {
+  return Pack<T>(*reinterpret_cast<const typename Pack<T>::V*>(p));
+}
 FM_PACK Pack<T> load_unaligned(const T* p) {
   return Pack<T>((typename Pack<T>::V)(*reinterpret_cast<const typename Lanes<T>::U*>(p)));
 }
@@ -72,7 +76,9 @@ struct Mask {
 FM_PACK Mask<T> operator>(Pack<T> x, Pack<T> y) { return {(typename Pack<T>::I)(x.v > y.v)}; }
 FM_PACK Mask<T> operator<(Pack<T> x, Pack<T> y) { return {(typename Pack<T>::I)(x.v < y.v)}; }
 FM_PACK Mask<T> operator<=(Pack<T> x, Pack<T> y) { return {(typename Pack<T>::I)(x.v <= y.v)}; }
-FM_PACK Pack<T> select(Mask<T> m, Pack<T> x, Pack<T> y) { return Pack<T>((typename Pack<T>::V)(m.bits ? x.v : y.v)); }
+FM_PACK Pack<T> select(Mask<T> m, Pack<T> x, Pack<T> y) {
+  return Pack<T>((typename Pack<T>::V)(m.bits ? x.v : y.v));
+}
 FM_PACK Pack<T> abs(Pack<T> x) { return select(x < Pack<T>(T(0)), -x, x); }
 FM_PACK T sum(Pack<T> x) {  // lanes in order
   T s = 0;
@@ -126,8 +132,9 @@ FM_HOST_DEVICE F sqrt(F x) {
   return x;
 }
 
-// Largest |x| that sincos of packs reduces well. Callers watch their phases (Reach) and take the scalar functions for
-// what is farther out, NaN and infinity included; a test per pack inside the loop costs a fifth of its time.
+// Largest |x| that sincos of packs reduces well. Callers watch their phases (Reach) and take the
+// scalar functions for what is farther out, NaN and infinity included; a test per pack inside the
+// loop costs a fifth of its time.
 constexpr float kPhaseLimit = 16384.0f;
 
 template <class T>
@@ -153,12 +160,14 @@ struct Reach<float> {
   }
 };
 
-// r = x − kπ/2 in [−π/4, π/4]; the quadrant k mod 4 swaps sine and cosine and sets their signs. With fused
-// multiply-add, x − k·hi is exact; without, π/2 comes in parts of 11 bits whose products with k are exact. Minimax
-// polynomials, 1.8e-9 and 5e-11. (Reducing by π instead saves the swap, needs two more terms, and misses 1e-7.)
+// r = x − kπ/2 in [−π/4, π/4]; the quadrant k mod 4 swaps sine and cosine and sets their signs.
+// With fused multiply-add, x − k·hi is exact; without, π/2 comes in parts of 11 bits whose products
+// with k are exact. Minimax polynomials, 1.8e-9 and 5e-11. (Reducing by π instead saves the swap,
+// needs two more terms, and misses 1e-7.)
 FM_HOST_DEVICE void sincos(F phase, F& s, F& c) {
   const FV x = phase.v;
-  const FV shifted = x * 0x1.45f306p-1f + 0x1.8p+23f;  // round(2x/π) in the low bits of the mantissa
+  const FV shifted =
+      x * 0x1.45f306p-1f + 0x1.8p+23f;  // round(2x/π) in the low bits of the mantissa
   const FV k = shifted - 0x1.8p+23f;
   FV r;
   if constexpr (kHasFma) {
@@ -178,7 +187,8 @@ FM_HOST_DEVICE void sincos(F phase, F& s, F& c) {
   c = F((FV)((FI)(swap ? sine : cosine) ^ (((quadrant + 1) & 2) << 30)));
 }
 
-// 2^k for integer-valued k in [-250, 250], in two factors, so that results may be subnormal or infinite.
+// 2^k for integer-valued k in [-250, 250], in two factors, so that results may be subnormal or
+// infinite.
 FM_HOST_DEVICE void scale_parts(FV k, FV& a, FV& b) {
   const FI whole = __builtin_convertvector(k, FI), half = whole >> 1;
   a = (FV)((half + 127) << 23);
@@ -217,14 +227,18 @@ FM_HOST_DEVICE F tanh(F x) {
 // For u in [0, 1]: 2 atanh(w), w = u / (2 + u) <= 1/3.
 FM_HOST_DEVICE F log1p(F u) {
   const FV w = u.v / (u.v + 2.0f), q = w * w;
-  return F(2.0f * (w + w * q * horner(q, 0.333333373f, 0.19999437f, 0.143085182f, 0.107129246f, 0.121541657f)));
+  return F(
+      2.0f *
+      (w + w * q * horner(q, 0.333333373f, 0.19999437f, 0.143085182f, 0.107129246f, 0.121541657f)));
 }
-// exp(−x²) Q(t), t = (|x| − 2) / (|x| + 2), Q minimax to 6e-9 relative on [0, 10.2]; 2 − that for x < 0.
+// exp(−x²) Q(t), t = (|x| − 2) / (|x| + 2), Q minimax to 6e-9 relative on [0, 10.2]; 2 − that for x
+// < 0.
 FM_HOST_DEVICE F erfc(F x) {
   const F size = select(abs(x) > F(10.1f), F(10.1f), abs(x));
   const FV t = (size.v - 2.0f) / (size.v + 2.0f);
-  const FV q = horner(t, 0.255395681f, -0.427185863f, 0.241658255f, -0.0789779946f, 0.0037316978f, 0.00699244486f,
-                      -0.000840866356f, -0.000962623046f, 3.27601992e-05f, 0.000138116797f, 2.65396611e-05f);
+  const FV q = horner(t, 0.255395681f, -0.427185863f, 0.241658255f, -0.0789779946f, 0.0037316978f,
+                      0.00699244486f, -0.000840866356f, -0.000962623046f, 3.27601992e-05f,
+                      0.000138116797f, 2.65396611e-05f);
   const F tail = F(q) * exp(-(size * size));
   return select(x < F(0.0f), F(2.0f) - tail, tail);
 }

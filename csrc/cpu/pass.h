@@ -1,7 +1,9 @@
-// One pass over the points of one task: its tiles, shared out to a crew of threads; loss, gradient, tangent.
+// One pass over the points of one task: its tiles, shared out to a crew of threads; loss, gradient,
+// tangent.
 //
-// A crew of one thread owns a task alone; larger crews split a task's tiles into contiguous ranges, every hand with
-// its own accumulator, which are added up in the order of the hands: the same bits for the same number of threads.
+// A crew of one thread owns a task alone; larger crews split a task's tiles into contiguous ranges,
+// every hand with its own accumulator, which are added up in the order of the hands: the same bits
+// for the same number of threads.
 #pragma once
 
 #include <sched.h>
@@ -49,7 +51,8 @@ struct Grid {
   int64_t tiles_of(int64_t task) const { return ceil_div(units(task), tile); }
 };
 
-inline __attribute__((always_inline)) Grid make_grid(const Data& d, int64_t target, int64_t lanes, int64_t crew) {
+inline __attribute__((always_inline)) Grid make_grid(const Data& d, int64_t target, int64_t lanes,
+                                                     int64_t crew) {
   Grid g;
   g.data = &d;
   g.group = d.measure == Measure::k_march ? d.march.samples : 1;
@@ -71,19 +74,19 @@ struct Hand {
   T *grad, *grad_d;  // accumulators
   bool filled;       // whether the last pass gave this hand a tile
   double loss;
-  T* row;              // one row of a layer's gradient
-  T *sum, *rate_sum;   // over this thread's tasks: of meta-gradients, of rate gradients
+  T* row;             // one row of a layer's gradient
+  T *sum, *rate_sum;  // over this thread's tasks: of meta-gradients, of rate gradients
 };
 
 // What the threads of one crew share: a task in flight.
 template <class T>
 struct Shared {
   Gate gate;
-  T *packed, *packed_v;      // weights and their tangent
-  const void* packed_from;   // the shared parameters that `packed` holds, or null
+  T *packed, *packed_v;     // weights and their tangent
+  const void* packed_from;  // the shared parameters that `packed` holds, or null
   T *theta, *state[2], *updates, *lambda, *direction;
-  Planes<T> image, line;     // a projection's image [W²] and adjoint, and its sinogram's adjoint [A W]
-  T *kept, *temporary;       // kept tiles, see Store
+  Planes<T> image, line;  // a projection's image [W²] and adjoint, and its sinogram's adjoint [A W]
+  T *kept, *temporary;    // kept tiles, see Store
 };
 
 template <class T>
@@ -98,8 +101,9 @@ struct Crew {
   int64_t end(int64_t count) const { return count * (rank + 1) / size; }
 };
 
-// Kept tiles: `slots` of (z, h̄), numbered step by step and tile by tile; for projections, whose loss needs every
-// pixel before the way back, also one (z, ż) per tile for as long as the pass lasts.
+// Kept tiles: `slots` of (z, h̄), numbered step by step and tile by tile; for projections, whose
+// loss needs every pixel before the way back, also one (z, ż) per tile for as long as the pass
+// lasts.
 struct Store {
   int64_t slots = 0, slot_size = 0, temporaries = 0, temporary_size = 0;
 };
@@ -111,10 +115,11 @@ struct Pass {
   const Store* store;
   int64_t task, step;
   bool want_grad, want_tangent;
-  int64_t slot = -1;         // of this step's first tile; −1: no tile is kept
-  Keep keep = Keep::kNo;     // whether this pass stores the slots or loads them
-  const T *gy = nullptr, *w = nullptr;  // [N, C], [N, in]: given adjoint and coordinates' tangent of this task
-  T *y = nullptr, *gx = nullptr;        // [N, C], [N, in]: where this task's y (or ẏ) and x̄ (or x̄̇) go
+  int64_t slot = -1;      // of this step's first tile; −1: no tile is kept
+  Keep keep = Keep::kNo;  // whether this pass stores the slots or loads them
+  const T *gy = nullptr,
+          *w = nullptr;  // [N, C], [N, in]: given adjoint and coordinates' tangent of this task
+  T *y = nullptr, *gx = nullptr;  // [N, C], [N, in]: where this task's y (or ẏ) and x̄ (or x̄̇) go
 };
 
 // Loading ---
@@ -132,11 +137,16 @@ void to_thin(const T* source, int64_t n, int64_t few, int64_t ld, T* to) {
 template <class T>
 void to_thin(const T* source, int64_t n, int64_t few, int64_t ld, T* to) {
   switch (few) {
-    case 1: return to_thin<T, 1>(source, n, few, ld, to);
-    case 2: return to_thin<T, 2>(source, n, few, ld, to);
-    case 3: return to_thin<T, 3>(source, n, few, ld, to);
-    case 4: return to_thin<T, 4>(source, n, few, ld, to);
-    default: return to_thin<T, 0>(source, n, few, ld, to);
+    case 1:
+      return to_thin<T, 1>(source, n, few, ld, to);
+    case 2:
+      return to_thin<T, 2>(source, n, few, ld, to);
+    case 3:
+      return to_thin<T, 3>(source, n, few, ld, to);
+    case 4:
+      return to_thin<T, 4>(source, n, few, ld, to);
+    default:
+      return to_thin<T, 0>(source, n, few, ld, to);
   }
 }
 template <class T>
@@ -146,11 +156,12 @@ void from_thin(const T* source, int64_t n, int64_t few, int64_t ld, T* to) {
 }
 
 // The index of a unit: itself, or drawn from the first `upper`.
-inline __attribute__((always_inline)) int64_t unit_index(const Data& d, int64_t task, int64_t step, int64_t unit) {
+inline __attribute__((always_inline)) int64_t unit_index(const Data& d, int64_t task, int64_t step,
+                                                         int64_t unit) {
   if (!d.per_step) return unit;
   const int64_t upper = d.counts ? d.counts[task] : d.points;
-  return draw_integer(d.seed[task], static_cast<uint32_t>(unit), static_cast<uint32_t>(step), kPoints,
-                      static_cast<uint32_t>(upper));
+  return draw_integer(d.seed[task], static_cast<uint32_t>(unit), static_cast<uint32_t>(step),
+                      kPoints, static_cast<uint32_t>(upper));
 }
 
 template <class T>
@@ -158,7 +169,9 @@ void load_points(const Pass<T>& pass, Tile<T>& t, int64_t first, int64_t units) 
   const Data& d = *pass.grid->data;
   const int64_t in = t.plan->net.in, out = t.plan->net.out;
   const T* x = static_cast<const T*>(d.x) + pass.task * d.x_stride;
-  const T* y = d.y && d.measure == Measure::k_none ? static_cast<const T*>(d.y) + pass.task * d.points * out : nullptr;
+  const T* y = d.y && d.measure == Measure::k_none
+                   ? static_cast<const T*>(d.y) + pass.task * d.points * out
+                   : nullptr;
   t.n = units;
   if (!d.per_step) {
     to_thin(x + first * in, units, in, t.capacity, t.x.a);
@@ -183,18 +196,21 @@ void load_rays(const Pass<T>& pass, Tile<T>& t, RayArrays<T>& r, int64_t first, 
   t.n = rays * S;
   for (int64_t ray = 0; ray < rays; ++ray) {
     const int64_t k = task * d.points + unit_index(d, task, pass.step, first + ray);
-    const T *o = static_cast<const T*>(d.origins) + k * 3, *v = static_cast<const T*>(d.directions) + k * 3;
+    const T *o = static_cast<const T*>(d.origins) + k * 3,
+            *v = static_cast<const T*>(d.directions) + k * 3;
     for (int64_t s = 0; s < S; ++s) {
       const int64_t i = ray * S + s;
       T at = near + range * (static_cast<T>(s) / static_cast<T>(S - 1));
       if (d.seed)
-        at += jitter * static_cast<T>(draw_uniform(d.seed[task], static_cast<uint32_t>((first + ray) * S + s),
+        at += jitter * static_cast<T>(draw_uniform(d.seed[task],
+                                                   static_cast<uint32_t>((first + ray) * S + s),
                                                    static_cast<uint32_t>(pass.step), kJitter));
       r.t.a[i] = at;
       if (r.t.d) r.t.d[i] = 0;
       for (int64_t c = 0; c < 3; ++c) t.x.a[c * t.capacity + i] = o[c] + at * v[c];
     }
-    for (int64_t c = 0; c < 3; ++c) t.target.a[c * t.capacity + ray] = static_cast<const T*>(d.y)[k * 3 + c];
+    for (int64_t c = 0; c < 3; ++c)
+      t.target.a[c * t.capacity + ray] = static_cast<const T*>(d.y)[k * 3 + c];
   }
 }
 
@@ -225,23 +241,25 @@ __attribute__((noinline)) double point_loss(const Data& d, Tile<T>& t, int64_t n
 }
 
 template <class T, bool kDual>
-__attribute__((noinline)) double ray_loss(const Data& d, Tile<T>& t, RayArrays<T>& r, int64_t rays, int64_t numbers,
-                                          bool back) {
+__attribute__((noinline)) double ray_loss(const Data& d, Tile<T>& t, RayArrays<T>& r, int64_t rays,
+                                          int64_t numbers, bool back) {
   using N = Number<T, kDual>;
   const T scale = T(1) / static_cast<T>(numbers), clamp = clamp_of<T>(d);
   double total = 0;
-  march_forward<T, kDual>(r, rays, t.y, t.capacity, d.march, [&](int64_t ray, const Shown<N>& shown) {
-    for (int c = 0; c < 3; ++c) {
-      T ell;
-      N slope;
-      loss_terms(d.loss, clamp, shown.rgb[c], t.target.a[c * t.capacity + ray], ell, slope);
-      put_one(r.bar[c], ray, slope * scale);
-      total += ell;
-    }
-  });
+  march_forward<T, kDual>(
+      r, rays, t.y, t.capacity, d.march, [&](int64_t ray, const Shown<N>& shown) {
+        for (int c = 0; c < 3; ++c) {
+          T ell;
+          N slope;
+          loss_terms(d.loss, clamp, shown.rgb[c], t.target.a[c * t.capacity + ray], ell, slope);
+          put_one(r.bar[c], ray, slope * scale);
+          total += ell;
+        }
+      });
   if (back)
     march_backward<T, kDual>(r, rays, t.y, t.capacity, d.march, false, [&](int64_t ray) {
-      return Shown<N>{{get_one<kDual>(r.bar[0], ray), get_one<kDual>(r.bar[1], ray), get_one<kDual>(r.bar[2], ray)},
+      return Shown<N>{{get_one<kDual>(r.bar[0], ray), get_one<kDual>(r.bar[1], ray),
+                       get_one<kDual>(r.bar[2], ray)},
                       N{},
                       N{}};
     });
@@ -251,7 +269,8 @@ __attribute__((noinline)) double ray_loss(const Data& d, Tile<T>& t, RayArrays<T
 // The pass ---
 
 template <class T>
-Kept<T> kept_at(const Shared<T>& s, const Tile<T>& t, const Store& store, const Pass<T>& pass, int64_t tile) {
+Kept<T> kept_at(const Shared<T>& s, const Tile<T>& t, const Store& store, const Pass<T>& pass,
+                int64_t tile) {
   Kept<T> k;
   const int64_t slot = pass.slot + tile;
   if (pass.slot < 0 || slot >= store.slots) return k;
@@ -268,7 +287,8 @@ void tile_pass(const Crew<T>& crew, const Pass<T>& pass) {
   Tile<T>& t = hand.tile;
   const Grid& grid = *pass.grid;
   const Data& d = *grid.data;
-  const int64_t units = grid.units(pass.task), tiles = grid.tiles_of(pass.task), out = t.plan->net.out;
+  const int64_t units = grid.units(pass.task), tiles = grid.tiles_of(pass.task),
+                out = t.plan->net.out;
   const bool march = d.measure == Measure::k_march, back = pass.want_grad || pass.want_tangent;
   const int64_t numbers = units * (march ? 3 : out);
   for (int64_t tile = crew.begin(tiles); tile < crew.end(tiles); ++tile) {
@@ -299,11 +319,13 @@ void tile_pass(const Crew<T>& crew, const Pass<T>& pass) {
     backward<T, kDual>(t);
     t.fresh = false;
     if (pass.gx)
-      from_thin(kDual ? t.gx.d : t.gx.a, count, t.plan->net.in, t.capacity, pass.gx + first * t.plan->net.in);
+      from_thin(kDual ? t.gx.d : t.gx.a, count, t.plan->net.in, t.capacity,
+                pass.gx + first * t.plan->net.in);
   }
 }
 
-// A projection: the whole image, its sinogram and loss, the image's adjoint, and the tiles again on the way back.
+// A projection: the whole image, its sinogram and loss, the image's adjoint, and the tiles again on
+// the way back.
 template <class T, bool kDual>
 void project_pass(const Crew<T>& crew, const Pass<T>& pass) {
   Hand<T>& hand = crew.hand();
@@ -311,9 +333,11 @@ void project_pass(const Crew<T>& crew, const Pass<T>& pass) {
   Shared<T>& shared = *crew.shared;
   const Grid& grid = *pass.grid;
   const Data& d = *grid.data;
-  const int64_t pixels = d.size * d.size, tiles = grid.tiles_of(pass.task), numbers = d.angles * d.size;
+  const int64_t pixels = d.size * d.size, tiles = grid.tiles_of(pass.task),
+                numbers = d.angles * d.size;
   const bool back = pass.want_grad || pass.want_tangent;
-  // z and ż of a tile go to its slot where there is one, else to its temporary, else they are computed again
+  // z and ż of a tile go to its slot where there is one, else to its temporary, else they are
+  // computed again
   const auto kept = [&](int64_t tile, bool again) {
     Kept<T> k = kept_at(shared, t, *pass.store, pass, tile);
     const bool slot = k.z_mode != Keep::kNo, temporary = tile < pass.store->temporaries;
@@ -404,8 +428,8 @@ T loss_of(const Crew<T>& crew) {
   return static_cast<T>(total);
 }
 
-// Units of work on parameters: W neurons of a layer, with their weights and biases. Each belongs to one hand, which
-// adds up their gradients, updates and packs them.
+// Units of work on parameters: W neurons of a layer, with their weights and biases. Each belongs to
+// one hand, which adds up their gradients, updates and packs them.
 template <class T, class F>
 void each_unit(const Crew<T>& crew, const Plan<T>& p, F&& f) {
   for (int64_t l = 0; l < p.depth; ++l) {
@@ -425,13 +449,15 @@ void each_range(const Layer& y, int64_t block, F&& f) {
   f(y.bias + first, rows);
 }
 
-// Calls f(offset, count, gradient) for the rows of a unit, the gradient summed over the hands in order.
+// Calls f(offset, count, gradient) for the rows of a unit, the gradient summed over the hands in
+// order.
 template <class T, class F>
 void each_row(const Crew<T>& crew, const Layer& y, int64_t block, T* Hand<T>::*which, F&& f) {
   constexpr int W = kWidth<T>;
   T* row = crew.hand().row;
   const int64_t first = block * W, rows = lanes_of<T>(y.out, block);
-  const auto gather = [&](int64_t count, auto&& at) {  // at(i): where number i of the row lies in an accumulator
+  const auto gather = [&](int64_t count,
+                          auto&& at) {  // at(i): where number i of the row lies in an accumulator
     bool none = true;
     for (int h = 0; h < crew.size; ++h) {
       if (!crew.hands[h].filled) continue;

@@ -1,9 +1,10 @@
-// Where everything lies: layers in the natural parameters, in packed weights and in the gradient's accumulators;
-// and the tiles of points a pass is cut into.
+// Where everything lies: layers in the natural parameters, in packed weights and in the gradient's
+// accumulators; and the tiles of points a pass is cut into.
 //
-// Packed weights, W features to a block: forward [out block][in][W] and backward [in block][out][W] are read by the
-// multiply-add kernel as B; a layer onto few features (the last one, and the way back to the coordinates) is read by
-// rows [few][in, padded]. The accumulator of dW is [in block][out][W]; of a first layer on coordinates [out block][in][W].
+// Packed weights, W features to a block: forward [out block][in][W] and backward [in block][out][W]
+// are read by the multiply-add kernel as B; a layer onto few features (the last one, and the way
+// back to the coordinates) is read by rows [few][in, padded]. The accumulator of dW is [in
+// block][out][W]; of a first layer on coordinates [out block][in][W].
 #pragma once
 
 #include "../abi.h"
@@ -25,12 +26,12 @@ FM_HOST_DEVICE int64_t lanes_of(int64_t features, int64_t block) {
 
 struct Layer {
   int64_t in, out;
-  int64_t weight, bias;                 // in a natural row of parameters
+  int64_t weight, bias;                    // in a natural row of parameters
   int64_t forward, backward, packed_bias;  // in packed weights
-  int64_t grad, grad_bias;              // in accumulators
+  int64_t grad, grad_bias;                 // in accumulators
   Activation activation;
   double w0;
-  bool thin_in, last;   // reads coordinates; writes the network's outputs
+  bool thin_in, last;      // reads coordinates; writes the network's outputs
   int64_t kept_z, kept_h;  // offsets of a kept tile, in points; −1: not kept
 };
 
@@ -40,8 +41,9 @@ struct Plan {
   int64_t depth, params, encoded;  // encoded: E, features of h_0
   bool encodes, want_x;
   Layer layers[kMaxDepth];
-  int64_t packed, accumulated;           // sizes of one packed set, one accumulator
-  int64_t basis, phase, basis_rows, fixed;  // the encoding's packed [block][in][W], [block W], [in][padded]; size
+  int64_t packed, accumulated;  // sizes of one packed set, one accumulator
+  int64_t basis, phase, basis_rows,
+      fixed;               // the encoding's packed [block][in][W], [block W], [in][padded]; size
   int64_t kept_z, kept_h;  // numbers per point of what a kept tile holds: pre-activations, adjoints
 };
 
@@ -76,11 +78,14 @@ void make_plan(Plan<T>& p, const Network& net, bool want_x) {
     p.params = y.bias + y.out;
     y.forward = grow(p.packed, y.last ? y.out * padded<T>(y.in) : padded<T>(y.out) * y.in);
     const bool back = l > 0 || want_x;
-    y.backward = grow(p.packed, !back ? 0 : y.thin_in ? y.in * padded<T>(y.out) : padded<T>(y.in) * y.out);
+    y.backward = grow(p.packed, !back       ? 0
+                                : y.thin_in ? y.in * padded<T>(y.out)
+                                            : padded<T>(y.in) * y.out);
     y.packed_bias = grow(p.packed, padded<T>(y.out));
     y.grad = grow(p.accumulated, y.thin_in ? padded<T>(y.out) * y.in : padded<T>(y.in) * y.out);
     y.grad_bias = grow(p.accumulated, padded<T>(y.out));
-    // what a later pass over the same tile would otherwise multiply out again; layers on few features are not worth it
+    // what a later pass over the same tile would otherwise multiply out again; layers on few
+    // features are not worth it
     const bool keep_z = !y.last && !y.thin_in, keep_h = l + 2 < net.depth;
     y.kept_z = keep_z ? p.kept_z : -1;
     y.kept_h = keep_h ? p.kept_h : -1;
@@ -105,7 +110,8 @@ void pack_rows(const Plan<T>& p, const Layer& y, int64_t block, const T* params,
   T* to = packed + y.forward + (y.last ? first * in_pad : first * y.in);
   if (y.last) {
     for (int64_t o = 0; o < count; ++o)
-      for (int64_t i = 0; i < in_pad; ++i) to[o * in_pad + i] = i < y.in ? source[o * y.in + i] : T(0);
+      for (int64_t i = 0; i < in_pad; ++i)
+        to[o * in_pad + i] = i < y.in ? source[o * y.in + i] : T(0);
   } else {
     transpose_rows(source, y.in, count, to);
   }
@@ -118,7 +124,8 @@ void pack_rows(const Plan<T>& p, const Layer& y, int64_t block, const T* params,
     for (int64_t b = 0; b < blocks_of<T>(y.in); ++b) {
       const int64_t lanes = lanes_of<T>(y.in, b);
       T* panel = packed + y.backward + (b * y.out + first) * W;
-      for (int64_t o = 0; o < count; ++o) copy_lanes(source + o * y.in + b * W, lanes, panel + o * W);
+      for (int64_t o = 0; o < count; ++o)
+        copy_lanes(source + o * y.in + b * W, lanes, panel + o * W);
     }
   }
   for (int64_t o = 0; o < W; ++o)

@@ -1,7 +1,8 @@
-// Compositing of whole rays: exponentials a pack at a time over all samples, the scans sample by sample.
+// Compositing of whole rays: exponentials a pack at a time over all samples, the scans sample by
+// sample.
 //
-// The formula is in math/composite.h. Everything lies in thin arrays, one number per sample; a ray's samples follow
-// each other.
+// The formula is in math/composite.h. Everything lies in thin arrays, one number per sample; a
+// ray's samples follow each other.
 #pragma once
 
 #include <initializer_list>
@@ -15,19 +16,19 @@ namespace FM_ISA {
 
 template <class T>
 struct RayArrays {
-  Planes<T> t, delta;                           // positions, intervals
-  Planes<T> colour[3], colour_slope[3];         // c, c(1−c)
+  Planes<T> t, delta;                    // positions, intervals
+  Planes<T> colour[3], colour_slope[3];  // c, c(1−c)
   Planes<T> density, density_slope, e, alpha, f;
-  Planes<T> reached, weight;                    // T, w
-  Planes<T> bar[3];                             // r̄gb, one per ray
+  Planes<T> reached, weight;  // T, w
+  Planes<T> bar[3];           // r̄gb, one per ray
   T* mask;
 };
 
 template <class T>
 void carve_rays(Carver& c, int64_t capacity, bool dual, RayArrays<T>& r) {
   for (Planes<T>* p : {&r.t, &r.delta, &r.colour[0], &r.colour[1], &r.colour[2], &r.colour_slope[0],
-                       &r.colour_slope[1], &r.colour_slope[2], &r.density, &r.density_slope, &r.e, &r.alpha, &r.f,
-                       &r.reached, &r.weight, &r.bar[0], &r.bar[1], &r.bar[2]})
+                       &r.colour_slope[1], &r.colour_slope[2], &r.density, &r.density_slope, &r.e,
+                       &r.alpha, &r.f, &r.reached, &r.weight, &r.bar[0], &r.bar[1], &r.bar[2]})
     *p = c.planes<T>(capacity, dual);
   r.mask = c.take<T>(capacity);
 }
@@ -51,8 +52,8 @@ void ray_intervals(const RayArrays<T>& r, int64_t rays, const March& march) {
 
 // raw: four thin arrays, ld apart.
 template <class T, bool kDual>
-__attribute__((noinline)) void ray_samples(const RayArrays<T>& r, int64_t count, Planes<T> raw, int64_t ld,
-                                           bool softplus) {
+__attribute__((noinline)) void ray_samples(const RayArrays<T>& r, int64_t count, Planes<T> raw,
+                                           int64_t ld, bool softplus) {
   using N = Number<Pack<T>, kDual>;
   for (int64_t i = 0; i < count; i += Pack<T>::kLanes) {
     N value, slope;
@@ -76,14 +77,18 @@ __attribute__((noinline)) void ray_samples(const RayArrays<T>& r, int64_t count,
 
 // raw and t -> what each ray shows.
 template <class T, bool kDual, class Out>
-void march_forward(const RayArrays<T>& r, int64_t rays, Planes<T> raw, int64_t ld, const March& march, Out&& out) {
+void march_forward(const RayArrays<T>& r, int64_t rays, Planes<T> raw, int64_t ld,
+                   const March& march, Out&& out) {
   using N = Number<T, kDual>;
   const int64_t S = march.samples;
   ray_intervals<T, kDual>(r, rays, march);
   ray_samples<T, kDual>(r, rays * S, raw, ld, march.softplus != 0);
   for (int64_t ray = 0; ray < rays; ++ray) {
     N reached{};
-    if constexpr (kDual) reached.a = T(1); else reached = T(1);
+    if constexpr (kDual)
+      reached.a = T(1);
+    else
+      reached = T(1);
     Shown<N> shown{};
     for (int64_t i = ray * S; i < (ray + 1) * S; ++i) {
       const N w = reached * get_one<kDual>(r.alpha, i);
@@ -102,8 +107,8 @@ void march_forward(const RayArrays<T>& r, int64_t rays, Planes<T> raw, int64_t l
 
 // Adjoints of what each ray shows -> r̄aw over raw, and t̄ over t where it is wanted.
 template <class T, bool kDual, class In>
-void march_backward(const RayArrays<T>& r, int64_t rays, Planes<T> raw, int64_t ld, const March& march, bool want_t,
-                    In&& in) {
+void march_backward(const RayArrays<T>& r, int64_t rays, Planes<T> raw, int64_t ld,
+                    const March& march, bool want_t, In&& in) {
   using N = Number<T, kDual>;
   const int64_t S = march.samples;
   const T white = march.white ? T(1) : T(0);
@@ -119,7 +124,8 @@ void march_backward(const RayArrays<T>& r, int64_t rays, Planes<T> raw, int64_t 
       }
       const N k = march_back(G, gw, get_one<kDual>(r.alpha, i), get_one<kDual>(r.f, i), r.mask[i]);
       const N gtau = get_one<kDual>(r.reached, i) * get_one<kDual>(r.e, i) * k;
-      put_one(raw, 3 * ld + i, get_one<kDual>(r.density_slope, i) * (get_one<kDual>(r.delta, i) * gtau));
+      put_one(raw, 3 * ld + i,
+              get_one<kDual>(r.density_slope, i) * (get_one<kDual>(r.delta, i) * gtau));
       if (!want_t) continue;
       const bool last = i == (ray + 1) * S - 1;
       const N gdelta = last ? N{} : get_one<kDual>(r.density, i) * gtau;

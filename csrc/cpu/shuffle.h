@@ -27,7 +27,8 @@ FM_HOST_DEVICE typename Pack<T>::V sum_each(typename Pack<T>::V* x) {
   const auto low = pair_mask<T, kStage, false>(), high = pair_mask<T, kStage, true>();
 #pragma GCC unroll 16
   for (int i = 0; i < count; ++i)
-    x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], low) + __builtin_shuffle(x[2 * i], x[2 * i + 1], high);
+    x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], low) +
+           __builtin_shuffle(x[2 * i], x[2 * i + 1], high);
   if constexpr (count > 1) return sum_each<T, kStage + 1>(x);
   return x[0];
 }
@@ -49,7 +50,8 @@ FM_HOST_DEVICE void transpose(typename Pack<T>::V* x) {
   }
 }
 
-// to[i][r] = source[r·in + i] for `rows` <= W rows of `in` numbers; the lanes from `rows` on become 0.
+// to[i][r] = source[r·in + i] for `rows` <= W rows of `in` numbers; the lanes from `rows` on become
+// 0.
 template <class T>
 void transpose_rows(const T* source, int64_t in, int64_t rows, T* to) {
   constexpr int W = kWidth<T>, L = Pack<T>::kLanes;
@@ -70,7 +72,8 @@ void transpose_rows(const T* source, int64_t in, int64_t rows, T* to) {
     for (int64_t r = 0; r < W; ++r) to[i * W + r] = r < rows ? source[r * in + i] : T(0);
 }
 
-// A row of W lanes of which the first `lanes` are copied and the others become 0; back likewise without the zeros.
+// A row of W lanes of which the first `lanes` are copied and the others become 0; back likewise
+// without the zeros.
 template <class T>
 FM_HOST_DEVICE void copy_lanes(const T* source, int64_t lanes, T* to) {
   constexpr int W = kWidth<T>, L = Pack<T>::kLanes;
@@ -82,7 +85,8 @@ FM_HOST_DEVICE void copy_lanes(const T* source, int64_t lanes, T* to) {
   }
 }
 
-// Few features: out[c][n] = bias[c] + Σ_k h[n][k] rows[c][k] (+ Σ g[n][k] more[c][k]), from panels onto thin arrays.
+// Few features: out[c][n] = bias[c] + Σ_k h[n][k] rows[c][k] (+ Σ g[n][k] more[c][k]), from panels
+// onto thin arrays.
 template <class T>
 struct Dots {
   const T* h;     // panels of `in` features, blocks ld apart; null: no product
@@ -90,8 +94,8 @@ struct Dots {
 };
 
 template <class T>
-FM_HOST_DEVICE void dot_vectors(typename Pack<T>::V (&acc)[Pack<T>::kLanes], Dots<T> d, int64_t n, int64_t in,
-                                int64_t ld) {
+FM_HOST_DEVICE void dot_vectors(typename Pack<T>::V (&acc)[Pack<T>::kLanes], Dots<T> d, int64_t n,
+                                int64_t in, int64_t ld) {
   constexpr int W = kWidth<T>, L = Pack<T>::kLanes;
   for (int64_t k = 0; k < in; k += L) {
     const T* h = d.h + k / W * ld + n * W + k % W;
@@ -102,8 +106,8 @@ FM_HOST_DEVICE void dot_vectors(typename Pack<T>::V (&acc)[Pack<T>::kLanes], Dot
 }
 
 template <class T>
-__attribute__((noinline)) void dots(int64_t points, int64_t few, int64_t in, Dots<T> p, Dots<T> q, const T* bias,
-                                    int64_t ld, int64_t out_ld, T* out) {
+__attribute__((noinline)) void dots(int64_t points, int64_t few, int64_t in, Dots<T> p, Dots<T> q,
+                                    const T* bias, int64_t ld, int64_t out_ld, T* out) {
   constexpr int L = Pack<T>::kLanes;
   const int64_t row = ceil_div(in, kWidth<T>) * kWidth<T>;
   for (int64_t n = 0; n < points; n += L) {

@@ -1,13 +1,14 @@
-// One tile of points through one network: forward, loss, backward, on plain numbers (the gradient) or dual numbers
-// (with the weights' tangent v: the Hessian-vector product). MATH: per layer
+// One tile of points through one network: forward, loss, backward, on plain numbers (the gradient)
+// or dual numbers (with the weights' tangent v: the Hessian-vector product). MATH: per layer
 //
 //   z = W h + b, h' = φ(z)          ż = Ẇ h + W ḣ + ḃ
 //   δ = φ'(z) h̄                     δ̇ = φ' h̄̇ + φ'' ż h̄
 //   W̄ = Σ δ hᵀ, h̄ = Wᵀ δ            W̄̇ = Σ δ̇ hᵀ + δ ḣᵀ, h̄̇ = Wᵀ δ̇ + Ẇᵀ δ
 //
-// A thread owns a tile: for each hidden layer panels of h and of the slope φ', which δ then overwrites; one block of z
-// or h̄ stays in L1 between the multiply-add kernel and its epilogue. Pre-activations z, tangents ż and adjoints h̄ may
-// be kept for a later pass over the same tile, or come from an earlier one (Kept).
+// A thread owns a tile: for each hidden layer panels of h and of the slope φ', which δ then
+// overwrites; one block of z or h̄ stays in L1 between the multiply-add kernel and its epilogue.
+// Pre-activations z, tangents ż and adjoints h̄ may be kept for a later pass over the same tile, or
+// come from an earlier one (Kept).
 #pragma once
 
 #include "../math/activation.h"
@@ -29,12 +30,12 @@ struct Kept {
 template <class T>
 struct Tile {
   const Plan<T>* plan;
-  int64_t capacity;  // points, a multiple of a vector's lanes
-  int64_t n;         // points in it now
+  int64_t capacity;                   // points, a multiple of a vector's lanes
+  int64_t n;                          // points in it now
   Planes<T> x, y, slope, target, gx;  // thin: [in], [out], φ' of the output, [out], [in]
   Planes<T> h0, cosine;               // panels, where there is an encoding
   Planes<T> h[kMaxDepth], s[kMaxDepth];
-  Planes<T> z;  // one block
+  Planes<T> z;   // one block
   bool x_moves;  // the coordinates have a tangent
   const T *weights, *tangents, *fixed;
   T *grad, *grad_d;  // accumulators of the gradient and of its tangent; null: not wanted
@@ -43,7 +44,8 @@ struct Tile {
 };
 
 template <class T>
-void carve_tile(Carver& c, const Plan<T>& p, int64_t capacity, bool dual, bool x_moves, Tile<T>& t) {
+void carve_tile(Carver& c, const Plan<T>& p, int64_t capacity, bool dual, bool x_moves,
+                Tile<T>& t) {
   t.plan = &p;
   t.capacity = capacity;
   t.x = c.planes<T>(capacity * p.net.in, x_moves);
@@ -76,7 +78,8 @@ FM_HOST_DEVICE void each_pack(int64_t n, int64_t lanes, F&& f) {
 
 // The scalar functions, for phases that the packs do not reach.
 template <class T, bool kDual, Activation kKind, bool kSlope>
-__attribute__((noinline, cold)) void activate_far(int64_t n, T w0, Planes<T> z, Planes<T> h, Planes<T> s) {
+__attribute__((noinline, cold)) void activate_far(int64_t n, T w0, Planes<T> z, Planes<T> h,
+                                                  Planes<T> s) {
   for (int64_t i = 0; i < n * kWidth<T>; ++i) {
     Number<T, kDual> value, slope;
     activate<kKind>(get_one<kDual>(z, i), w0, value, slope);
@@ -86,7 +89,8 @@ __attribute__((noinline, cold)) void activate_far(int64_t n, T w0, Planes<T> z, 
 }
 
 template <class T, bool kDual, Activation kKind, bool kSlope>
-__attribute__((noinline)) void activate_block(int64_t n, int64_t lanes, T w0, Planes<T> z, Planes<T> h, Planes<T> s) {
+__attribute__((noinline)) void activate_block(int64_t n, int64_t lanes, T w0, Planes<T> z,
+                                              Planes<T> h, Planes<T> s) {
   constexpr bool kPhase = kKind == Activation::k_sine;
   Reach<T> reach;
   each_pack<T>(n, lanes, [&](int64_t i) {
@@ -97,13 +101,15 @@ __attribute__((noinline)) void activate_block(int64_t n, int64_t lanes, T w0, Pl
     put(h, i, out);
     if constexpr (kSlope) put(s, i, slope);
   });
-  if (kPhase && reach.beyond(static_cast<T>(kPhaseLimit / w0))) activate_far<T, kDual, kKind, kSlope>(n, w0, z, h, s);
+  if (kPhase && reach.beyond(static_cast<T>(kPhaseLimit / w0)))
+    activate_far<T, kDual, kKind, kSlope>(n, w0, z, h, s);
 }
 
-// δ = φ' h̄ in place of φ'; b̄ += Σ δ for those that are not null. hbar.a and hbar.d may come from different places.
+// δ = φ' h̄ in place of φ'; b̄ += Σ δ for those that are not null. hbar.a and hbar.d may come from
+// different places.
 template <class T, bool kDual>
-__attribute__((noinline)) void delta_block(int64_t n, int64_t lanes, Planes<T> hbar, Planes<T> s, T* bias, T* bias_d,
-                                           bool fresh) {
+__attribute__((noinline)) void delta_block(int64_t n, int64_t lanes, Planes<T> hbar, Planes<T> s,
+                                           T* bias, T* bias_d, bool fresh) {
   constexpr int L = Pack<T>::kLanes, W = kWidth<T>;
   for (int64_t first = 0; first < lanes; first += L) {
     Number<Pack<T>, kDual> total{};
@@ -122,8 +128,8 @@ __attribute__((noinline)) void delta_block(int64_t n, int64_t lanes, Planes<T> h
 
 // Forward ---
 
-// h_0: q in the identity columns and sin(q) in the others, q = x basis + phase. False: phases lie too far out for the
-// packs, and it must run again lane by lane.
+// h_0: q in the identity columns and sin(q) in the others, q = x basis + phase. False: phases lie
+// too far out for the packs, and it must run again lane by lane.
 template <class T>
 FM_HOST_DEVICE void sincos_lanes(Pack<T> q, Pack<T>& s, Pack<T>& c) {
   for (int i = 0; i < Pack<T>::kLanes; ++i) {
@@ -182,18 +188,21 @@ void hidden_layer(const Tile<T>& t, int64_t l) {
     }
   };
   for (int64_t b = 0; b < blocks_of<T>(y.out); ++b) {
-    const int64_t lanes = lanes_of<T>(y.out, b), panel = y.forward + b * y.in * W, bias = y.packed_bias + b * W;
+    const int64_t lanes = lanes_of<T>(y.out, b), panel = y.forward + b * y.in * W,
+                  bias = y.packed_bias + b * W;
     const int64_t slot = y.kept_z * t.capacity + b * block_size;
     Planes<T> z = t.z;
     if (keeps && t.kept.z_mode != Keep::kNo) z.a = t.kept.z + slot;
     if (keeps && t.kept.zd_mode != Keep::kNo) z.d = t.kept.zd + slot;
-    if (!keeps || t.kept.z_mode != Keep::kLoad) product(z.a, t.weights + bias, {in.a, t.weights + panel}, {}, lanes);
+    if (!keeps || t.kept.z_mode != Keep::kLoad)
+      product(z.a, t.weights + bias, {in.a, t.weights + panel}, {}, lanes);
     if (kDual && (!keeps || t.kept.zd_mode != Keep::kLoad))
       product(z.d, t.tangents + bias, {in.a, t.tangents + panel},
               {in_moves ? in.d : nullptr, t.weights + panel}, lanes);
     with_activation(y.activation, [&](auto tag) {
       activate_block<T, kDual, decltype(tag)::kValue, kSlope>(t.n, lanes, static_cast<T>(y.w0), z,
-                                                              t.h[l].at(b * block_size), t.s[l].at(b * block_size));
+                                                              t.h[l].at(b * block_size),
+                                                              t.s[l].at(b * block_size));
     });
   }
 }
@@ -223,7 +232,8 @@ void forward(const Tile<T>& t) {
   const Layer& y = p.layers[p.depth - 1];
   const Planes<T> in = t.h[p.depth - 2];
   const int64_t ld = t.capacity * kWidth<T>;
-  dots<T>(t.n, y.out, y.in, {in.a, t.weights + y.forward}, {}, t.weights + y.packed_bias, ld, t.capacity, t.y.a);
+  dots<T>(t.n, y.out, y.in, {in.a, t.weights + y.forward}, {}, t.weights + y.packed_bias, ld,
+          t.capacity, t.y.a);
   if constexpr (kDual)
     dots<T>(t.n, y.out, y.in, {in.a, t.tangents + y.forward}, {in.d, t.weights + y.forward},
             t.tangents + y.packed_bias, ld, t.capacity, t.y.d);
@@ -241,7 +251,8 @@ __attribute__((noinline)) void output_delta(const Tile<T>& t) {
   for (int64_t c = 0; c < y.out; ++c) {
     Number<Pack<T>, kDual> total{};
     for (int64_t n = 0; n < t.n; n += L) {
-      const auto delta = get<kDual>(t.slope, c * t.capacity + n) * get<kDual>(t.y, c * t.capacity + n);
+      const auto delta =
+          get<kDual>(t.slope, c * t.capacity + n) * get<kDual>(t.y, c * t.capacity + n);
       put(t.y, c * t.capacity + n, delta);
       total = total + keep_where(below<T>(t.n - n), delta, Pack<T>(T(0)));
     }
@@ -254,7 +265,8 @@ __attribute__((noinline)) void output_delta(const Tile<T>& t) {
 }
 
 template <class T, Order kOrder>
-void add_block(bool fresh, int64_t rows, int64_t lanes, T* c, Product<T> p, Product<T> q, int64_t ld, int64_t n) {
+void add_block(bool fresh, int64_t rows, int64_t lanes, T* c, Product<T> p, Product<T> q,
+               int64_t ld, int64_t n) {
   if (fresh) {
     block<T, kOrder, Start::kZero>(rows, lanes, c, nullptr, p, q, ld, n);
   } else {
@@ -262,7 +274,8 @@ void add_block(bool fresh, int64_t rows, int64_t lanes, T* c, Product<T> p, Prod
   }
 }
 
-// W̄ of one layer, Σ over the tile's points of a's rows times b's lanes; two products for the tangent.
+// W̄ of one layer, Σ over the tile's points of a's rows times b's lanes; two products for the
+// tangent.
 template <class T>
 void weight_gradient(const Tile<T>& t, int64_t l, T* grad, bool tangent) {
   const Plan<T>& p = *t.plan;
@@ -276,9 +289,9 @@ void weight_gradient(const Tile<T>& t, int64_t l, T* grad, bool tangent) {
   T* to = grad + y.grad;
   if (y.thin_in) {  // rows: coordinates; lanes: neurons
     for (int64_t b = 0; b < blocks_of<T>(y.out); ++b)
-      add_block<T, Order::kThinFeatures>(t.fresh, y.in, lanes_of<T>(y.out, b), to + b * y.in * W,
-                                         {in.a, first + b * size},
-                                         {in_moves ? in.d : nullptr, delta.a + b * size}, t.capacity, t.n);
+      add_block<T, Order::kThinFeatures>(
+          t.fresh, y.in, lanes_of<T>(y.out, b), to + b * y.in * W, {in.a, first + b * size},
+          {in_moves ? in.d : nullptr, delta.a + b * size}, t.capacity, t.n);
     return;
   }
   for (int64_t b = 0; b < blocks_of<T>(y.in); ++b) {
@@ -298,11 +311,13 @@ void weight_gradient(const Tile<T>& t, int64_t l, T* grad, bool tangent) {
 }
 
 template <class T>
-void back_block(const Tile<T>& t, const Layer& y, T* to, Product<T> p, Product<T> q, int64_t lanes) {
+void back_block(const Tile<T>& t, const Layer& y, T* to, Product<T> p, Product<T> q,
+                int64_t lanes) {
   if (y.last) {
     block<T, Order::kThinPoints, Start::kZero>(t.n, lanes, to, nullptr, p, q, t.capacity, y.out);
   } else {
-    block<T, Order::kPoints, Start::kZero>(t.n, lanes, to, nullptr, p, q, t.capacity * kWidth<T>, y.out);
+    block<T, Order::kPoints, Start::kZero>(t.n, lanes, to, nullptr, p, q, t.capacity * kWidth<T>,
+                                           y.out);
   }
 }
 
@@ -314,13 +329,16 @@ void hidden_back(const Tile<T>& t, int64_t l) {
   constexpr int W = kWidth<T>;
   const Planes<T> delta = above.last ? t.y : t.s[l + 1];
   for (int64_t b = 0; b < blocks_of<T>(y.out); ++b) {
-    const int64_t lanes = lanes_of<T>(y.out, b), size = t.capacity * W, panel = above.backward + b * above.out * W;
+    const int64_t lanes = lanes_of<T>(y.out, b), size = t.capacity * W,
+                  panel = above.backward + b * above.out * W;
     Planes<T> hbar = t.z;
     const Keep mode = y.kept_h >= 0 ? t.kept.h_mode : Keep::kNo;
     if (mode != Keep::kNo) hbar.a = t.kept.hbar + y.kept_h * t.capacity + b * size;
-    if (mode != Keep::kLoad) back_block<T>(t, above, hbar.a, {delta.a, t.weights + panel}, {}, lanes);
+    if (mode != Keep::kLoad)
+      back_block<T>(t, above, hbar.a, {delta.a, t.weights + panel}, {}, lanes);
     if constexpr (kDual)
-      back_block<T>(t, above, hbar.d, {delta.d, t.weights + panel}, {delta.a, t.tangents + panel}, lanes);
+      back_block<T>(t, above, hbar.d, {delta.d, t.weights + panel}, {delta.a, t.tangents + panel},
+                    lanes);
     const int64_t bias = y.grad_bias + b * W;
     delta_block<T, kDual>(t.n, lanes, hbar, t.s[l].at(b * size), t.grad ? t.grad + bias : nullptr,
                           t.grad_d ? t.grad_d + bias : nullptr, t.fresh);
@@ -341,7 +359,8 @@ void coordinates_back(const Tile<T>& t) {
       const int64_t lanes = lanes_of<T>(p.encoded, b), panel = y.backward + b * y.out * kWidth<T>;
       back_block<T>(t, y, t.z.a, {delta.a, t.weights + panel}, {}, lanes);
       if constexpr (kDual)
-        back_block<T>(t, y, t.z.d, {delta.d, t.weights + panel}, {delta.a, t.tangents + panel}, lanes);
+        back_block<T>(t, y, t.z.d, {delta.d, t.weights + panel}, {delta.a, t.tangents + panel},
+                      lanes);
       each_pack<T>(t.n, lanes, [&](int64_t i) {  // into h_0's panels, which W̄_0 has read already
         const int64_t at = b * size + i;
         const Pack<T> c = load(t.cosine.a + at), value = load(t.z.a + i);
@@ -360,8 +379,8 @@ void coordinates_back(const Tile<T>& t) {
   }
   dots<T>(t.n, p.net.in, features, {delta.a, rows}, {}, nullptr, size, t.capacity, t.gx.a);
   if constexpr (kDual)
-    dots<T>(t.n, p.net.in, features, {delta.d, rows}, {moved ? delta.a : nullptr, moved}, nullptr, size, t.capacity,
-            t.gx.d);
+    dots<T>(t.n, p.net.in, features, {delta.d, rows}, {moved ? delta.a : nullptr, moved}, nullptr,
+            size, t.capacity, t.gx.d);
 }
 
 // ȳ in t.y -> the accumulators, and t.gx where it is wanted.

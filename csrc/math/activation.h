@@ -1,6 +1,8 @@
-// Activations: z -> h = φ(z) and the slope φ'(z), over plain and dual numbers; φ'' enters as the slope's tangent.
+// Activations: z -> h = φ(z) and the slope φ'(z), over plain and dual numbers; φ'' enters as the
+// slope's tangent.
 //
-//   sine sin(w0 z) · relu max(z,0) · tanh · sigmoid s · softplus log(1+e^z) · gelu z Φ(z) · silu z s(z) · none z
+//   sine sin(w0 z) · relu max(z,0) · tanh · sigmoid s · softplus log(1+e^z) · gelu z Φ(z) · silu z
+//   s(z) · none z
 //
 // ReLU has slope 0 at the kink. The lists are those of abi.h.
 #pragma once
@@ -68,11 +70,16 @@ FM_HOST_DEVICE void activate(Dual<S> z, S w0, Dual<S>& h, Dual<S>& slope) {
 // An output activation is one of the hidden ones; linear is none.
 constexpr Activation hidden_twin(Output output) {
   switch (output) {
-    case Output::k_relu: return Activation::k_relu;
-    case Output::k_tanh: return Activation::k_tanh;
-    case Output::k_sigmoid: return Activation::k_sigmoid;
-    case Output::k_softplus: return Activation::k_softplus;
-    default: return Activation::k_none;
+    case Output::k_relu:
+      return Activation::k_relu;
+    case Output::k_tanh:
+      return Activation::k_tanh;
+    case Output::k_sigmoid:
+      return Activation::k_sigmoid;
+    case Output::k_softplus:
+      return Activation::k_softplus;
+    default:
+      return Activation::k_none;
   }
 }
 
@@ -84,8 +91,9 @@ struct ActivationTag {
 template <class F>
 FM_HOST_DEVICE void with_activation(Activation kind, F&& f) {
   switch (kind) {
-#define FM_CASE(name) \
-  case Activation::k_##name: return f(ActivationTag<Activation::k_##name>{});
+#define FM_CASE(name)        \
+  case Activation::k_##name: \
+    return f(ActivationTag<Activation::k_##name>{});
     FM_ACTIVATIONS(FM_CASE)
 #undef FM_CASE
   }

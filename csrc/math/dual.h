@@ -1,4 +1,5 @@
-// Dual numbers a + ε d, ε² = 0: run a gradient on them and its tangent is the Hessian-vector product.
+// Dual numbers a + ε d, ε² = 0: run a gradient on them and its tangent is the Hessian-vector
+// product.
 #pragma once
 
 #include "scalar.h"
@@ -24,7 +25,9 @@ FM_HOST_DEVICE const S& value(const Dual<S>& x) {
   return x.a;
 }
 
-#define FM_DUAL template <class S> FM_HOST_DEVICE
+#define FM_DUAL      \
+  template <class S> \
+  FM_HOST_DEVICE
 FM_DUAL Dual<S> operator+(Dual<S> x, Dual<S> y) { return {x.a + y.a, x.d + y.d}; }
 FM_DUAL Dual<S> operator-(Dual<S> x, Dual<S> y) { return {x.a - y.a, x.d - y.d}; }
 FM_DUAL Dual<S> operator*(Dual<S> x, Dual<S> y) { return {x.a * y.a, x.d * y.a + x.a * y.d}; }

@@ -1,4 +1,5 @@
-// Philox4x32-10: word 0 of ten rounds at counter (index, step, stream, 0) under the key of a task's seed.
+// Philox4x32-10: word 0 of ten rounds at counter (index, step, stream, 0) under the key of a task's
+// seed.
 //
 //   integer in [0, upper) = mulhi(word, upper)        float in [0, 1) = (word >> 8) * 2^-24
 //
@@ -16,7 +17,8 @@ FM_HOST_DEVICE uint32_t mulhi(uint32_t a, uint32_t b) {
 }
 
 FM_HOST_DEVICE uint32_t philox(int64_t seed, uint32_t index, uint32_t step, uint32_t stream) {
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  uint32_t k0 = static_cast<uint32_t>(seed),
+           k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
   uint32_t c0 = index, c1 = step, c2 = stream, c3 = 0;
   for (int round = 0; round < 10; ++round) {
     const uint32_t h0 = mulhi(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
@@ -31,7 +33,8 @@ FM_HOST_DEVICE uint32_t philox(int64_t seed, uint32_t index, uint32_t step, uint
   return c0;
 }
 
-FM_HOST_DEVICE uint32_t draw_integer(int64_t seed, uint32_t index, uint32_t step, Stream stream, uint32_t upper) {
+FM_HOST_DEVICE uint32_t draw_integer(int64_t seed, uint32_t index, uint32_t step, Stream stream,
+                                     uint32_t upper) {
   return mulhi(philox(seed, index, step, stream), upper);
 }
 

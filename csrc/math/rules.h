@@ -1,10 +1,13 @@
-// Inner rules, elementwise over any number type: the step θ' = θ − α u, and its adjoint for the walk back.
+// Inner rules, elementwise over any number type: the step θ' = θ − α u, and its adjoint for the
+// walk back.
 //
 //   sgd       u = g
 //   momentum  g' = g + ω θ, b' = μ b + g', u = b' (Nesterov: g' + μ b')
-//   adam      m' = β1 m + (1−β1) g, v' = β2 v + (1−β2) g², u = m' / (c1 (√(v'/c2) + ε)), c_i = 1 − β_i^n, n = k+1
+//   adam      m' = β1 m + (1−β1) g, v' = β2 v + (1−β2) g², u = m' / (c1 (√(v'/c2) + ε)), c_i = 1 −
+//   β_i^n, n = k+1
 //
-// The adjoints are those of the chain rule with the square root's derivative 0 at v = 0, where it is exact.
+// The adjoints are those of the chain rule with the square root's derivative 0 at v = 0, where it
+// is exact.
 #pragma once
 
 #include "../abi.h"
@@ -51,8 +54,9 @@ FM_HOST_DEVICE S rule_step(const RuleAt<S>& r, S theta, S g, S& s0, S& s1) {
   return s0 / (r.c1 * (sqrt(s1 / r.c2) + r.eps));
 }
 
-// From ū = −α λ' and the adjoint (a0, a1) of the state after the step: ḡ; the adjoint becomes that of the state
-// before. g is the step's gradient, (m, v) the state after it; both are read by adam only.
+// From ū = −α λ' and the adjoint (a0, a1) of the state after the step: ḡ; the adjoint becomes that
+// of the state before. g is the step's gradient, (m, v) the state after it; both are read by adam
+// only.
 template <class S>
 FM_HOST_DEVICE S rule_adjoint(const RuleAt<S>& r, S ubar, S g, S m, S v, S& a0, S& a1) {
   if (r.kind == RuleKind::k_sgd) return ubar;

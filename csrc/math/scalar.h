@@ -1,6 +1,8 @@
-// Elementary functions over float and double, under the names that every template of csrc/math uses.
+// Elementary functions over float and double, under the names that every template of csrc/math
+// uses.
 //
-// A SIMD pack (cpu/pack.h) and Dual (dual.h) bring the same names for their own type; unqualified calls find them.
+// A SIMD pack (cpu/pack.h) and Dual (dual.h) bring the same names for their own type; unqualified
+// calls find them.
 #pragma once
 
 #include <cmath>
@@ -9,8 +11,8 @@
 #if defined(__CUDACC__)
 #define FM_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// always_inline: plain inline left calls through memory, and an out-of-line copy compiled for a wide instruction set
-// could be picked by the linker for a narrow one.
+// always_inline: plain inline left calls through memory, and an out-of-line copy compiled for a
+// wide instruction set could be picked by the linker for a narrow one.
 #define FM_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
@@ -24,8 +26,8 @@ struct ScalarOf {
 template <class S>
 using Scalar = typename ScalarOf<S>::type;
 
-#define FM_BOTH(name, f32, f64, ...)                                          \
-  FM_HOST_DEVICE float name(float x) { return f32(x) __VA_ARGS__; }           \
+#define FM_BOTH(name, f32, f64, ...)                                \
+  FM_HOST_DEVICE float name(float x) { return f32(x) __VA_ARGS__; } \
   FM_HOST_DEVICE double name(double x) { return f64(x) __VA_ARGS__; }
 FM_BOTH(exp, ::expf, ::exp)
 FM_BOTH(expm1, ::expm1f, ::expm1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..ops import dispatch
 from ..ops.adapt import check_memory, check_steps, expand_rates
-from ..rules import MetaSGD, Momentum, Rule, resolve
+from ..rules import MetaSGD, Rule, resolve
 from ..spec import MLP
 
 

@@ -50,7 +50,7 @@ def load(name: str) -> tuple[Any, str | None]:
     """(worker, None), or (None, the reason it cannot run here)."""
     module, attribute = WORKERS[name]
     try:
-        worker = importlib.import_module(module)
+        worker: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module:
             return None, f"this version of fastmeta has no {name} worker"
