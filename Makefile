@@ -40,6 +40,7 @@ test-full: $(READY)
 	@$(PYTEST) --timeout 1800
 
 bench: $(READY)
+	@$(BIN)/python -c "import jax" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check jax
 	@$(BIN)/python -m pytest benchmarks -p no:xdist --timeout 1800
 
 lint: $(READY)

@@ -427,7 +427,7 @@ print(sorted({p for p in maps if "gomp" in p or "iomp" in p or "libomp" in p}))
 
 
 def test_the_hot_loops_keep_their_operands_in_registers():
-    """GCC may spill the vectors of B into the loop: multiply-adds with stack operands, half as fast."""
+    """GCC may spill the vectors of B into the loop: stack operands, at half the speed."""
     if shutil.which("objdump") is None:
         pytest.skip("no objdump")
     path = native._library().__file__
