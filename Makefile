@@ -1,5 +1,6 @@
 # make demo    set everything up, meta-train on rendered text (about four minutes on two cores), evaluate, show where
 # make test    set everything up, run the tests          make test-full   with the slow ones
+# make asan    the CPU worker's tests under AddressSanitizer and UBSan, every instruction set (built aside, build/asan)
 # make bench   benchmarks, rows to benchmarks/results.csv   make lint       ruff and mypy
 #
 # PYTHON=python3.12 picks the interpreter of the virtual environment, VENV=dir its place. An interpreter that has torch
@@ -15,7 +16,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.9" || e
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo test test-full bench lint clean
+.PHONY: demo test test-full asan bench lint clean
 
 SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
@@ -38,6 +39,19 @@ test: $(READY)
 
 test-full: $(READY)
 	@$(PYTEST) --timeout 1800
+
+# The tests run from build/asan: python -m pytest puts that folder, and with it the copied package, first.
+asan: $(READY)
+	@rm -rf build/asan && mkdir -p build/asan && cp -r fastmeta build/asan/ && rm -f build/asan/fastmeta/_cpu*
+	@FASTMETA_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan/objects
+	@ls build/asan/fastmeta/_cpu*.so >/dev/null
+	@cd build/asan && export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTMETA_TEST_IMPLS=cpu; \
+	export OMP_NUM_THREADS=2 LD_PRELOAD="$$(for l in asan ubsan stdc++; do gcc -print-file-name=lib$$l.so; done | xargs)"; \
+	isas=$$($(abspath $(BIN))/python -c "from fastmeta._cpu import isas; print(*isas())") || exit 1; \
+	for isa in $$isas; do \
+	  echo "$$isa"; FASTMETA_ISA=$$isa $(abspath $(BIN))/python -m pytest -x -p no:cacheprovider \
+	    $(CURDIR)/tests/test_ops.py $(CURDIR)/tests/test_maml.py || exit 1; \
+	done
 
 bench: $(READY)
 	@$(BIN)/python -c "import jax" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check jax

@@ -117,7 +117,9 @@ char* Arena::reserve(int64_t bytes) {
 #endif
     size_ = rounded;
   }
+  FM_OPEN_MEMORY(block_, size_);
   if (poisoned) std::memset(block_, 0xff, bytes);
+  FM_CLOSE_MEMORY(block_, size_);
   return block_;
 }
 

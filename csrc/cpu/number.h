@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../math/dual.h"
+#include "arena.h"
 #include "pack.h"
 
 namespace fastmeta {
@@ -74,8 +75,10 @@ struct Carver {
   int64_t used = 0;
   template <class T>
   T* take(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
     T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    if (base) FM_OPEN_MEMORY(p, bytes);
+    used += (bytes + 63) / 64 * 64 + kRedZone;
     return p;
   }
   template <class T>
