@@ -44,7 +44,7 @@ void carve_hand(Carver& c, const Engine<T>& e, int64_t capacity, Hand<T>& h) {
   if (march) carve_rays(c, capacity, e.dual, h.rays);
   h.grad = c.take<T>(e.plan.accumulated);
   h.grad_d = e.dual ? c.take<T>(e.plan.accumulated) : nullptr;
-  h.row = c.take<T>(most(most(e.plan.encoded, e.plan.net.width), kWidth<T>));
+  h.row = c.take<T>(e.plan.encodes ? 0 : kWidth<T> * e.plan.net.in);
   const bool meta = e.job.op == Op::k_maml;
   h.sum = meta ? c.take<T>(e.plan.params) : nullptr;
   const int64_t* size = e.job.rates_size;
@@ -179,9 +179,9 @@ Pass<T> support_pass(const Engine<T>& e, int64_t task, int64_t step, bool grad, 
 }
 
 template <class T>
-void write_rows(const Crew<T>& crew, const Plan<T>& p, T* Hand<T>::*which, T* to) {
+void write_gradient(const Crew<T>& crew, const Plan<T>& p, T* Hand<T>::*which, T* to) {
   each_unit(crew, p, [&](const Layer& y, int64_t b) {
-    each_row(crew, y, b, which, [&](int64_t at, int64_t count, const T* g) {
+    each_piece(crew, y, b, which, [&](int64_t at, int64_t count, const T* g) {
       for (int64_t i = 0; i < count; ++i) to[at + i] = g[i];
     });
   });
@@ -216,8 +216,8 @@ void single_pass(const Engine<T>& e, const Crew<T>& crew, int64_t task) {
   if (job.loss && crew.rank == 0) static_cast<T*>(job.loss)[task] = loss_of(crew);
   T* grad = static_cast<T*>(job.grad) + task * p.params;
   if (job.grad)
-    write_rows(crew, p, job.op == Op::k_mlp_dual ? &Hand<T>::grad_d : &Hand<T>::grad, grad);
-  if (job.hv) write_rows(crew, p, &Hand<T>::grad_d, static_cast<T*>(job.hv) + task * p.params);
+    write_gradient(crew, p, job.op == Op::k_mlp_dual ? &Hand<T>::grad_d : &Hand<T>::grad, grad);
+  if (job.hv) write_gradient(crew, p, &Hand<T>::grad_d, static_cast<T*>(job.hv) + task * p.params);
   crew.meet();
 }
 
@@ -234,7 +234,7 @@ void update_unit(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t 
   const int64_t each = job.lr_stride[2];
   const bool placed = job.op == Op::k_maml && job.order == 2 && rule.kind == RuleKind::k_adam;
   const int64_t to = placed ? k * P : 0, from = placed && k ? to - P : to;
-  each_row(crew, y, b, &Hand<T>::grad, [&](int64_t at, int64_t count, const T* g) {
+  each_piece(crew, y, b, &Hand<T>::grad, [&](int64_t at, int64_t count, const T* g) {
     T *s0 = s.state[0], *s1 = s.state[1], *kept = s.updates ? s.updates + k * P + at : nullptr;
     if (rule.kind == RuleKind::k_sgd && !kept) {
       if (each) {
@@ -376,7 +376,7 @@ void maml(const Engine<T>& e, const Crew<T>& crew, int64_t task) {
   if (crew.rank == 0) static_cast<T*>(job.loss)[task] = loss_of(crew);
   const T mean = T(1) / static_cast<T>(job.data.tasks);
   each_unit(crew, e.plan, [&](const Layer& y, int64_t b) {
-    each_row(crew, y, b, &Hand<T>::grad, [&](int64_t at, int64_t count, const T* g) {
+    each_piece(crew, y, b, &Hand<T>::grad, [&](int64_t at, int64_t count, const T* g) {
       for (int64_t i = 0; i < count; ++i) s.lambda[at + i] = mean * g[i];
     });
     if (job.rates && !second)
@@ -395,7 +395,7 @@ void maml(const Engine<T>& e, const Crew<T>& crew, int64_t task) {
     const T decay =
         job.rule.kind == RuleKind::k_momentum ? static_cast<T>(job.rule.weight_decay) : T(0);
     each_unit(crew, e.plan, [&](const Layer& y, int64_t b) {
-      each_row(crew, y, b, &Hand<T>::grad_d, [&](int64_t at, int64_t count, const T* hv) {
+      each_piece(crew, y, b, &Hand<T>::grad_d, [&](int64_t at, int64_t count, const T* hv) {
         for (int64_t i = 0; i < count; ++i) s.lambda[at + i] += hv[i] + decay * s.direction[at + i];
       });
     });

@@ -74,7 +74,7 @@ struct Hand {
   T *grad, *grad_d;  // accumulators
   bool filled;       // whether the last pass gave this hand a tile
   double loss;
-  T* row;             // one row of a layer's gradient
+  T* row;             // the first layer's gradient, turned
   T *sum, *rate_sum;  // over this thread's tasks: of meta-gradients, of rate gradients
 };
 
@@ -449,47 +449,52 @@ void each_range(const Layer& y, int64_t block, F&& f) {
   f(y.bias + first, rows);
 }
 
-// Calls f(offset, count, gradient) for the rows of a unit, the gradient summed over the hands in
-// order.
-template <class T, class F>
-void each_row(const Crew<T>& crew, const Layer& y, int64_t block, T* Hand<T>::*which, F&& f) {
+// Adds the hands' accumulators of a unit up in their order, into the first one that holds anything,
+// which it returns.
+template <class T>
+const T* sum_unit(const Crew<T>& crew, const Layer& y, int64_t block, T* Hand<T>::*which) {
   constexpr int W = kWidth<T>;
-  T* row = crew.hand().row;
-  const int64_t first = block * W, rows = lanes_of<T>(y.out, block);
-  const auto gather = [&](int64_t count,
-                          auto&& at) {  // at(i): where number i of the row lies in an accumulator
-    bool none = true;
-    for (int h = 0; h < crew.size; ++h) {
-      if (!crew.hands[h].filled) continue;
-      const T* acc = crew.hands[h].*which;
-      if (none) {
-        at(acc, [&](int64_t i, T g) { row[i] = g; });
-      } else {
-        at(acc, [&](int64_t i, T g) { row[i] += g; });
-      }
-      none = false;
-    }
-    if (none)
-      for (int64_t i = 0; i < count; ++i) row[i] = 0;
+  int first = 0;
+  while (!crew.hands[first].filled) ++first;  // every task has a tile
+  T* total = crew.hands[first].*which;
+  const auto add = [&](const T* part, int64_t at, int64_t count) {
+    for (int64_t i = at; i < at + count; ++i) total[i] += part[i];
   };
-  for (int64_t o = first; o < first + rows; ++o) {
-    gather(y.in, [&](const T* acc, auto&& to) {
-      if (y.thin_in) {
-        for (int64_t i = 0; i < y.in; ++i) to(i, acc[y.grad + (block * y.in + i) * W + o - first]);
-      } else {
-        for (int64_t i = 0; i < y.in; i += W) {
-          const T* lanes = acc + y.grad + (i / W * y.out + o) * W;
-          const int64_t count = least(W, y.in - i);
-          for (int64_t j = 0; j < count; ++j) to(i + j, lanes[j]);
-        }
-      }
-    });
-    f(y.weight + o * y.in, y.in, row);
+  for (int h = first + 1; h < crew.size; ++h) {
+    if (!crew.hands[h].filled) continue;
+    const T* part = crew.hands[h].*which;
+    if (y.thin_in) {
+      add(part, y.grad + block * y.in * W, y.in * W);
+    } else {
+      for (int64_t b = 0; b < blocks_of<T>(y.in); ++b)
+        add(part, y.grad + (b * y.out + block * W) * W, lanes_of<T>(y.out, block) * W);
+    }
+    add(part, y.grad_bias + block * W, lanes_of<T>(y.out, block));
   }
-  gather(rows, [&](const T* acc, auto&& to) {
-    for (int64_t i = 0; i < rows; ++i) to(i, acc[y.grad_bias + first + i]);
-  });
-  f(y.bias + first, rows, row);
+  return total;
+}
+
+// Calls f(offset, count, gradient) for dense pieces of a unit's natural parameters, the gradient
+// summed over the crew.
+template <class T, class F>
+void each_piece(const Crew<T>& crew, const Layer& y, int64_t block, T* Hand<T>::*which, F&& f) {
+  constexpr int W = kWidth<T>;
+  const T* total = sum_unit(crew, y, block, which);
+  const int64_t first = block * W, rows = lanes_of<T>(y.out, block);
+  if (y.thin_in) {
+    T* turned = crew.hand().row;
+    for (int64_t o = 0; o < rows; ++o)
+      for (int64_t i = 0; i < y.in; ++i)
+        turned[o * y.in + i] = total[y.grad + (block * y.in + i) * W + o];
+    f(y.weight + first * y.in, rows * y.in, turned);
+  } else if (y.in == W) {  // the accumulator lies as the parameters do
+    f(y.weight + first * W, rows * W, total + y.grad + first * W);
+  } else {
+    for (int64_t o = first; o < first + rows; ++o)
+      for (int64_t b = 0; b < blocks_of<T>(y.in); ++b)
+        f(y.weight + o * y.in + b * W, lanes_of<T>(y.in, b), total + y.grad + (b * y.out + o) * W);
+  }
+  f(y.bias + first, rows, total + y.grad_bias + first);
 }
 
 }  // namespace FM_ISA
