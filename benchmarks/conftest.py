@@ -43,7 +43,8 @@ COLUMNS = [
     "jax",
     "commit",
 ]
-PAUSE = 5e-3  # s, between competitors: the thread pool of the last one stops spinning
+PAUSE = 5e-3  # s, at least, between competitors
+SPAN = 0.02  # s of calls in a sample, at least
 DELAY = 0.06  # of wall time × threads: a sample that waited longer for a core is dropped
 
 Check = Callable[[str, object], None]
@@ -90,11 +91,12 @@ def native() -> ModuleType | None:
     return native if native.cpu.unavailable() is None else None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def roof() -> Roof:
-    """Float32 GFLOP/s of nothing but fused multiply-adds on all threads; without the native worker
-    those of torch's own 1024³ product."""
+    """Float32 GFLOP/s of nothing but fused multiply-adds on all threads, measured anew for each
+    race, since clocks drift; without the native worker those of torch's own 1024³ product."""
     worker = native()
+    _settle()
     if worker is None:
         return Roof(_product_peak(), "torch mm")
     return Roof(worker.fma_peak(torch.get_num_threads()), "fma")
@@ -106,9 +108,9 @@ def _product_peak() -> float:
     return 2 * 1024**3 / statistics.median(times) / 1e9
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def machine(roof: Roof) -> dict:
-    """The columns that all rows of a session share."""
+    """The columns that all rows of a race share."""
     return {
         "roof_gflops": round(roof.gflops, 1),
         "roof_kind": roof.kind,
@@ -141,27 +143,45 @@ def _waited() -> dict[str, int] | None:
     return waited or None
 
 
-def _sample(function: Callable) -> Sample:
+def _sample(function: Callable, calls: int = 1) -> Sample:
+    """Seconds per call of so many calls in a row."""
     before = _waited()
     start = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     seconds = time.perf_counter() - start
     after = _waited()
     if before is None or after is None:
-        return Sample(seconds, None)
+        return Sample(seconds / calls, None)
     delay = sum(ns - before.get(thread, 0) for thread, ns in after.items()) * 1e-9
-    return Sample(seconds, delay <= DELAY * seconds * torch.get_num_threads())
+    return Sample(seconds / calls, delay <= DELAY * seconds * torch.get_num_threads())
 
 
 def _samples(entries: dict[str, Callable]) -> dict[str, list[Sample]]:
-    """Seven rounds, the competitors in turn; five for those that take longer than a second."""
+    """Seven rounds, the competitors in turn; five for those that take longer than a second.
+
+    Inner loops call back to back, so a turn is one call that is not timed and then as many as fill
+    SPAN: threads are awake and buffers in the cache, for everybody alike.
+    """
     samples: dict[str, list[Sample]] = {who: [] for who in entries}
     for index in range(7):
         for who, function in entries.items():
-            if index < 5 or samples[who][0].seconds < 1:
-                time.sleep(PAUSE)
-                samples[who].append(_sample(function))
+            last = samples[who][-1].seconds if samples[who] else SPAN
+            if index < 5 or last < 1:
+                _settle()
+                if last < 1:
+                    function()
+                samples[who].append(_sample(function, max(1, int(SPAN / last))))
     return samples
+
+
+def _settle() -> None:
+    """Waits until this process is idle: some thread pools spin on for long after their work."""
+    for _ in range(100):
+        before = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - before < 0.1 * PAUSE:
+            return
 
 
 def _median(samples: list[Sample]) -> tuple[float, int | str]:

@@ -47,7 +47,8 @@ def last_rows(path: Path = RESULTS, mkl: str = "default") -> Rows:
 
 
 def workloads_of(rows: Rows, what: str) -> list[str]:
-    return sorted({w for w, kind, who in rows if kind == what and who in STYLE}, key=_order)
+    seen = {w for w, kind, who in rows if kind == what and who in STYLE}
+    return sorted((w for w in seen if w.split("-")[0] in FAMILIES), key=_order)
 
 
 def _order(name: str) -> tuple:
