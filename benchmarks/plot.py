@@ -102,7 +102,8 @@ def table(rows: Rows) -> str:
 
 
 def scaling(rows: Rows, path: Path) -> None:
-    """Time against T and against N, log-log; draws and prints the exponents of least squares."""
+    """Time against T and against N, log-log; draws and prints the exponents of least squares over
+    the four largest sizes."""
     figure, axes = plt.subplots(1, 2, sharey=True, figsize=(8, 4))
     _curves(axes[0], rows, "T", "N256")
     _curves(axes[1], rows, "N", "T1")
@@ -123,7 +124,7 @@ def _curves(axis: Axes, rows: Rows, letter: str, fixed: str) -> None:
             x, ms = _series(rows, letter, fixed, width, who)
             if len(x) < 2:
                 continue
-            slope = np.polyfit(np.log(x), np.log(ms), 1)[0]
+            slope = np.polyfit(np.log(x[-4:]), np.log(ms[-4:]), 1)[0]  # beyond the fixed cost
             label = f"{who}, width {width}: {letter}^{slope:.2f}"
             axis.loglog(x, ms, mark, color=colour, label=label)
             print(f"gradient at {fixed}, {label}")

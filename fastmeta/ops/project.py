@@ -49,8 +49,24 @@ def project(
     if not bool(torch.isfinite(angles).all()):
         raise ValueError("project: angles holds NaN or infinity; accepted are finite radians")
     case = dispatch.Case("project", image.dtype, image.device.type, precision, order=2)
-    pixels = nearest_pixels(angles.to(image.device), image.shape[-1])
+    pixels = _pixels(angles.to(image.device), image.shape[-1])
     return _Project.apply(dispatch.choose(case, impl), pixels, image)
+
+
+_recent: dict[tuple, Tensor] = {}  # the indices of the last calls, which repeat in every loop
+_SLOTS, _LARGEST = 8, 2**22  # so many, of so many numbers each at most
+
+
+def _pixels(angles: Tensor, size: int) -> Tensor:
+    """``nearest_pixels``, kept for the next call with the same angles."""
+    if angles.numel() * size * size > _LARGEST:
+        return nearest_pixels(angles, size)
+    key = (*angles.shape, size, angles.device, tuple(angles.flatten().tolist()))
+    if key not in _recent:
+        while len(_recent) >= _SLOTS:
+            _recent.pop(next(iter(_recent)), None)
+        _recent[key] = nearest_pixels(angles, size)
+    return _recent[key]
 
 
 class _Project(torch.autograd.Function):
