@@ -3,13 +3,13 @@
 //
 // A kernel owns MR rows × NV vectors of C in registers (16 of 32 vector registers on AVX-512, 12 of
 // 16 on AVX2) and walks k: NV vector loads of B, MR broadcasts of A, MR·NV multiply-adds. Sums run
-// over k in order. Two products may follow each other into the same registers, as the dual pass
-// needs: Ẇ h + W ḣ.
+// over k in order from 0 and are then added to C, so that a long sum over points rounds at the size
+// of its tiles. Two products may follow each other into the same registers, as the dual pass needs:
+// Ẇ h + W ḣ.
 //
 // Layouts, W = 2 vectors of lanes:
-//   panel  [block of W features][point][W]: activations; a layer's weights as [block][k][W] are
-//   read as B thin   [feature][point]: coordinates, network outputs and their adjoints, whose
-//   features are few
+//   panel  [block of W features][point][W]: activations; a layer's weights as [block][k][W] are B
+//   thin   [feature][point]: coordinates, network outputs and their adjoints, whose features are few
 // Epilogues stay out of these functions: inlined behind the k loop they make GCC 12 spill the
 // vectors of B, which halves the speed (tests/test_native.py reads the disassembly for it).
 #pragma once
@@ -89,9 +89,7 @@ __attribute__((noinline)) void kernel(int64_t groups, T* c, const T* bias, Produ
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j)
-        acc[r][j] = kStart == Start::kZero   ? V{}
-                    : kStart == Start::kBias ? *reinterpret_cast<const V*>(bias + j * L)
-                                             : *reinterpret_cast<const V*>(c + r * W + j * L);
+        acc[r][j] = kStart == Start::kBias ? *reinterpret_cast<const V*>(bias + j * L) : V{};
     accumulate<T, MR, NV, kOrder>(acc, p.a, p.b, ld, depth);
     if (q.a) {
       accumulate<T, MR, NV, kOrder>(acc, q.a, q.b, ld, depth);
@@ -100,7 +98,10 @@ __attribute__((noinline)) void kernel(int64_t groups, T* c, const T* bias, Produ
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) *reinterpret_cast<V*>(c + r * W + j * L) = acc[r][j];
+      for (int j = 0; j < NV; ++j) {
+        V& to = *reinterpret_cast<V*>(c + r * W + j * L);
+        to = kStart == Start::kAdd ? to + acc[r][j] : acc[r][j];
+      }
   }
 }
 

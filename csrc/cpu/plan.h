@@ -3,8 +3,8 @@
 //
 // Packed weights, W features to a block: forward [out block][in][W] and backward [in block][out][W]
 // are read by the multiply-add kernel as B; a layer onto few features (the last one, and the way
-// back to the coordinates) is read by rows [few][in, padded]. The accumulator of dW is [in
-// block][out][W]; of a first layer on coordinates [out block][in][W].
+// back to the coordinates) is read by rows [few][in, padded]. The accumulator of dW is
+// [in block][out][W]; of a first layer on coordinates [out block][in][W].
 #pragma once
 
 #include "../abi.h"

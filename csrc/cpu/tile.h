@@ -1,5 +1,5 @@
 // One tile of points through one network: forward, loss, backward, on plain numbers (the gradient)
-// or dual numbers (with the weights' tangent v: the Hessian-vector product). MATH: per layer
+// or dual numbers (with the weights' tangent v: the Hessian-vector product). Per layer
 //
 //   z = W h + b, h' = φ(z)          ż = Ẇ h + W ḣ + ḃ
 //   δ = φ'(z) h̄                     δ̇ = φ' h̄̇ + φ'' ż h̄

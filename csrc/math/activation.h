@@ -1,8 +1,8 @@
 // Activations: z -> h = φ(z) and the slope φ'(z), over plain and dual numbers; φ'' enters as the
 // slope's tangent.
 //
-//   sine sin(w0 z) · relu max(z,0) · tanh · sigmoid s · softplus log(1+e^z) · gelu z Φ(z) · silu z
-//   s(z) · none z
+//   sine sin(w0 z) · relu max(z,0) · tanh · sigmoid s · softplus log(1+e^z) · gelu z Φ(z)
+//   silu z s(z) · none z
 //
 // ReLU has slope 0 at the kink. The lists are those of abi.h.
 #pragma once

@@ -1,8 +1,8 @@
 // Alpha compositing along a ray, in steps that run on scalars, packs and duals of both.
 //
-//   s = ρ(raw_3), c = sigmoid(raw_0..2), τ = s δ, e = exp(−τ), α = −expm1(−τ), f = min(1, e +
-//   1e-10), T_1 = 1, T_{i+1} = T_i f_i, w = T α;  rgb = Σ w c + β (1 − Σ w), depth = Σ w t, acc = Σ
-//   w
+//   s = ρ(raw_3), c = sigmoid(raw_0..2), τ = s δ, e = exp(−τ), α = −expm1(−τ),
+//   f = min(1, e + 1e-10), T_1 = 1, T_{i+1} = T_i f_i, w = T α;
+//   rgb = Σ w c + β (1 − Σ w), depth = Σ w t, acc = Σ w
 //
 // Back, without division, G_{S+1} = 0: w̄ = ⟨r̄gb, c−β⟩ + d̄epth t + ācc, k_i = w̄_i − m_i G_{i+1},
 // G_i = α_i w̄_i + f_i G_{i+1}, τ̄ = T e k; m = [α > 1e-10] is where the clamp in f passes a

@@ -3,8 +3,8 @@
 //
 //   sgd       u = g
 //   momentum  g' = g + ω θ, b' = μ b + g', u = b' (Nesterov: g' + μ b')
-//   adam      m' = β1 m + (1−β1) g, v' = β2 v + (1−β2) g², u = m' / (c1 (√(v'/c2) + ε)), c_i = 1 −
-//   β_i^n, n = k+1
+//   adam      m' = β1 m + (1−β1) g, v' = β2 v + (1−β2) g², u = m' / (c1 (√(v'/c2) + ε)),
+//             c_i = 1 − β_i^n, n = k+1
 //
 // The adjoints are those of the chain rule with the square root's derivative 0 at v = 0, where it
 // is exact.
