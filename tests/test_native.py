@@ -155,6 +155,14 @@ def test_inputs_need_not_be_dense_or_aligned(passes):
     assert error(ours[0], want[0]) < 1e-6
 
 
+def test_no_steps_change_nothing(passes):
+    net, batch = fm.siren(2, 3, 17, 3, 5.0), fm.Batch(rand(9, 2), rand(2, 9, 3))
+    p = parameters(net, 1)
+    out = passes.adapt(net, p, batch, p.expand(0, 2, -1), fm.rules.SGD(), keep=True)
+    assert torch.equal(out[0], p.expand(2, -1)) and torch.equal(out[2], p.expand(1, 2, -1))
+    assert out[1].shape == (0, 2)
+
+
 def rays(samples, count=9, **options):
     o, d = rand(2, count, 3, seed=1, low=-0.3, high=0.3), rand(2, count, 3, seed=2, low=-1)
     march = fm.March(samples, **options)
