@@ -68,7 +68,7 @@ FM_HOST_DEVICE void activate(Dual<S> z, S w0, Dual<S>& h, Dual<S>& slope) {
 }
 
 // An output activation is one of the hidden ones; linear is none.
-constexpr Activation hidden_twin(Output output) {
+FM_HOST_DEVICE constexpr Activation hidden_twin(Output output) {
   switch (output) {
     case Output::k_relu:
       return Activation::k_relu;
