@@ -42,6 +42,7 @@ test-full: $(READY)
 
 # The tests run from build/asan: python -m pytest puts that folder, and with it the copied package, first.
 asan: $(READY)
+	@$(BIN)/python -c "import pybind11" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check "pybind11>=2.12"
 	@rm -rf build/asan && mkdir -p build/asan && cp -r fastmeta build/asan/ && rm -f build/asan/fastmeta/_cpu*
 	@FASTMETA_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan/objects
 	@ls build/asan/fastmeta/_cpu*.so >/dev/null

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("csrc")
 FOLDERS = {p.parent for p in SOURCES.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")}
@@ -46,7 +47,10 @@ class BuildKernels(build_ext):
     """Compiles each file with its own flags, several at a time."""
 
     def build_extension(self, ext):
-        import pybind11
+        try:
+            import pybind11
+        except ImportError as error:  # installs without build isolation bring their own
+            raise CompileError(f"the CPU kernels need pybind11: {error}") from error
 
         flags = {str(SOURCES / "cpu" / name): extra for name, extra in ISAS.items()}
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
