@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 LOSSES = ("mse", "l1")
+MEASURES = ("none", "project", "march")
 DENSITIES = ("relu", "softplus")
 _FLOATS = (torch.float32, torch.float64)
 
@@ -336,7 +337,7 @@ class Batch:
 
     @property
     def measure_name(self) -> str:
-        """One of "none", "project" and "march"."""
+        """One of ``MEASURES``."""
         return "none" if self.measure is None else type(self.measure).__name__.lower()
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:

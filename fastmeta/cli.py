@@ -16,6 +16,7 @@ import torch
 
 from . import __version__, env
 from .apply import Eval, Fit, builtin, evaluate_run, fit, summary
+from .batch import MEASURES
 from .ops import dispatch
 from .rules import RULES
 from .spec import ACTIVATIONS, MLP
@@ -164,11 +165,11 @@ def cases() -> list[tuple[tuple[str, str, str, str], list[dispatch.Case]]]:
         ("mlp", ("none",), (None,), (1, 2)),
         ("composite", ("march",), (None,), (1, 2)),
         ("project", ("project",), (None,), (1, 2)),
-        ("loss_grad", ("none", "project", "march"), (None,), (1,)),
-        ("loss_hvp", ("none", "project", "march"), (None,), (2,)),
-        ("adapt", ("none", "project", "march"), tuple(RULES), (1,)),
-        ("maml", ("none", "project", "march"), tuple(RULES), (1, 2)),
-        ("reptile", ("none", "project", "march"), tuple(r for r in RULES if r != "meta_sgd"), (1,)),
+        ("loss_grad", MEASURES, (None,), (1,)),
+        ("loss_hvp", MEASURES, (None,), (2,)),
+        ("adapt", MEASURES, tuple(RULES), (1,)),
+        ("maml", MEASURES, tuple(RULES), (1, 2)),
+        ("reptile", MEASURES, tuple(r for r in RULES if r != "meta_sgd"), (1,)),
     ]
     where = "cuda" if torch.cuda.is_available() else "cpu"
     for op, measures, rules, orders in plan:

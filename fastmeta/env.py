@@ -2,8 +2,8 @@
 
 FASTMETA_IMPL   worker used where a call names none ("reference", "cpu", "triton", "cuda"); as
 strict as ``impl=`` FASTMETA_DEBUG  1: the command line shows the Python traceback of an error
-FASTMETA_ISA    instruction set of the cpu worker ("baseline", "avx2", "avx512", "neon"); unset: the
-widest that the processor runs
+FASTMETA_ISA    instruction set of the cpu worker ("baseline", "avx2", "avx512", "neon"), strict
+too; unset: the widest that the processor runs
 """
 
 import os

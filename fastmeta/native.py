@@ -40,7 +40,7 @@ def _library() -> ModuleType:
         "ACTIVATIONS": _spec.ACTIVATIONS,
         "OUTPUTS": _spec.OUTPUTS,
         "LOSSES": _batch.LOSSES,
-        "MEASURES": ("none", "project", "march"),
+        "MEASURES": _batch.MEASURES,
         "RULES": tuple(_rules.RULES),
     }
     for name, names in ours.items():
@@ -59,7 +59,11 @@ class _Cpu:
         self._passes: Passes | None = None
 
     def unavailable(self) -> str | None:
-        """Why it cannot run on this machine, or None."""
+        """Why it cannot run on this machine, or None.
+
+        Raises:
+            ValueError: FASTMETA_ISA names what this processor does not run.
+        """
         try:
             isas = _library().isas()
         except ImportError as error:
@@ -67,7 +71,7 @@ class _Cpu:
             return f"not compiled: {_BUILD}" if missing else f"fastmeta._cpu does not load: {error}"
         named = env.isa()
         if named is not None and named not in isas:
-            return f"FASTMETA_ISA is {named!r}; this processor runs {', '.join(isas)}"
+            raise ValueError(f"FASTMETA_ISA is {named!r}; accepted here are {', '.join(isas)}")
         return None
 
     def objections(self, case: Any) -> list[str]:
@@ -178,7 +182,7 @@ class _Call:
             data.seed = self.dense(batch.seed)
         kind, clamp = batch.loss_parts
         data.loss, data.clamp = _batch.LOSSES.index(kind), clamp or 0.0
-        data.measure = _library().MEASURES.index(batch.measure_name)
+        data.measure = _batch.MEASURES.index(batch.measure_name)
         if isinstance(batch.x, Rays):
             assert isinstance(batch.measure, March)
             near, far = batch.x.bounds

@@ -788,7 +788,7 @@ def adam_update(
 
 class Trajectory(NamedTuple):
     """What an inner loop leaves behind: θ_K [T,P], losses [K,T], and where they were asked for
-    θ_0..θ_K [K+1,T,P], states 0..K, updates u [K,T,P]."""
+    θ_0..θ_K [K+1,T,P], states 0..K, updates u [K,T,P]. Other workers return the first three."""
 
     theta: Tensor
     losses: Tensor
@@ -806,30 +806,12 @@ def adapt(
     rule: Rule,
     *,
     keep: bool = False,
-    max_memory: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """K inner steps of every task from params [T or 1,P], rates lr [K,T,P] (broadcast views
-    welcome).
-
-    Returns (θ_K [T,P], losses [K,T], θ_0..θ_K [K+1,T,P] if keep); losses[k] = L_k(θ_k), before
-    step k.
-    """
-    return inner_loop(net, params, batch, lr, rule, keep=keep, max_memory=max_memory)[:3]
-
-
-def inner_loop(
-    net: MLP,
-    params: Tensor,
-    batch: Batch,
-    lr: Tensor,
-    rule: Rule,
-    *,
-    keep: bool = False,
     keep_state: bool = False,
     keep_updates: bool = False,
     max_memory: int | None = None,
 ) -> Trajectory:
-    """``θ_{k+1} = θ_k − α_k ⊙ u_k`` for K steps."""
+    """``θ_{k+1} = θ_k − α_k ⊙ u_k``, K steps of every task from params [T or 1,P], rates lr [K,T,P]
+    (broadcast views welcome); losses[k] = L_k(θ_k), before step k."""
     K, T, P = lr.shape
     theta = params.expand(T, P)
     losses = theta.new_empty(K, T)
@@ -911,7 +893,7 @@ def maml(
     ``λ_K = ∇L_query(θ_K) / T``; the query's draws are those of step K. First order: ``λ_0 = λ_K``.
     """
     second, K = order == 2, lr.shape[0]
-    loop = inner_loop(
+    loop = adapt(
         net,
         init,
         batch,

@@ -12,7 +12,10 @@ from torch import Tensor
 import fastmeta as fm
 from fastmeta.spec import ACTIVATIONS
 
-IMPLS = [name for name in os.environ.get("FASTMETA_TEST_IMPLS", "reference").split(",") if name]
+# The workers under test: those that FASTMETA_TEST_IMPLS names, else those that run here.
+IMPLS = [name for name in os.environ.get("FASTMETA_TEST_IMPLS", "").split(",") if name] or [
+    name for name, reason in fm.available().items() if reason is None
+]
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 from fastmeta import native
-from fastmeta.batch import LOSSES
+from fastmeta.batch import LOSSES, MEASURES
 from fastmeta.rules import RULES
 from fastmeta.spec import ACTIVATIONS, OUTPUTS
 
@@ -73,7 +73,7 @@ def test_both_sides_of_the_border_list_the_same():
         "FM_ACTIVATIONS": ACTIVATIONS,
         "FM_OUTPUTS": OUTPUTS,
         "FM_LOSSES": LOSSES,
-        "FM_MEASURES": ("none", "project", "march"),
+        "FM_MEASURES": MEASURES,
         "FM_RULES": tuple(RULES),
         "FM_OPS": tuple(n for n in vars(native.Passes) if n[0] != "_")[:8],
     }

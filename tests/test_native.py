@@ -398,8 +398,27 @@ def test_the_instruction_set_is_chosen_when_it_runs(isa):
 
 
 def test_an_unknown_instruction_set_is_refused():
-    out = run("import fastmeta; print(fastmeta.available()['cpu'])", FASTMETA_ISA="mmx")
-    assert "FASTMETA_ISA is 'mmx'; this processor runs" in out
+    """Not a slower worker in silence: whoever considers the cpu worker gets the error."""
+    code = """
+import torch, fastmeta as fm
+net = fm.siren(2, 3, 8, 3)
+fm.mlp(net, net.init(1), torch.rand(4, 2), impl="reference")
+try:
+    fm.mlp(net, net.init(1), torch.rand(4, 2))
+except ValueError as error:
+    print(error)
+"""
+    message = f"FASTMETA_ISA is 'mmx'; accepted here are {', '.join(ISAS)}"
+    assert run(code, FASTMETA_ISA="mmx").strip() == message
+
+
+def test_memory_that_is_not_there_is_named():
+    """A ray's samples lie in one tile: ten thousand million of them do not."""
+    net = fm.MLP(3, 4, 64, 3)
+    one = fm.Rays(torch.zeros(1, 1, 3), torch.ones(1, 1, 3), 1.0, 2.0)
+    batch = fm.Batch(one, torch.zeros(1, 1, 3), measure=fm.March(10**10))
+    with pytest.raises(MemoryError, match=r"cpu worker: \d+ bytes of working memory"):
+        fm.loss_grad(net, net.init(1), batch, impl="cpu")
 
 
 def test_without_the_compiled_module_the_reference_runs_and_info_says_what_to_do():
@@ -437,7 +456,8 @@ print(sorted({p for p in maps if "gomp" in p or "iomp" in p or "libomp" in p}))
 def test_the_hot_loops_keep_their_operands_in_registers():
     """GCC may spill the vectors of B into the loop: stack operands, at half the speed."""
     if shutil.which("objdump") is None:
-        pytest.skip("no objdump")
+        assert "cpu" not in os.environ.get("FASTMETA_TEST_IMPLS", ""), "objdump is needed"
+        pytest.skip("no objdump (Debian: apt install binutils)")
     path = native._library().__file__
     listing = subprocess.run(
         ["objdump", "-d", "-C", "--no-show-raw-insn", path],

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string>
 
 #include "isa.h"
 
@@ -21,6 +22,16 @@ namespace fastmeta {
 namespace {
 bool poisoned = false;
 thread_local Arena arena;
+
+// A MemoryError in Python, with the size that was asked for.
+struct OutOfMemory : std::bad_alloc {
+  explicit OutOfMemory(int64_t bytes)
+      : text("cpu worker: " + std::to_string(bytes) +
+             " bytes of working memory are not to be had; smaller max_memory, fewer threads or a "
+             "narrower network need less") {}
+  const char* what() const noexcept override { return text.c_str(); }
+  std::string text;
+};
 
 const IsaTable* const kTables[] = {
 #if defined(__x86_64__)
@@ -111,7 +122,7 @@ char* Arena::reserve(int64_t bytes) {
     release();
     const int64_t page = 1 << 21, rounded = (bytes + page - 1) / page * page;
     block_ = static_cast<char*>(std::aligned_alloc(page, rounded));
-    if (!block_) throw std::bad_alloc();
+    if (!block_) throw OutOfMemory(bytes);
 #if defined(MADV_HUGEPAGE)
     madvise(block_, rounded, MADV_HUGEPAGE);
 #endif

@@ -130,7 +130,6 @@ static double multiply_adds(int64_t rounds) {
 
 #define FM_STRING(name) #name
 #define FM_NAME_OF(name) FM_STRING(name)
-extern const IsaTable FM_TABLE;
 const IsaTable FM_TABLE = {FM_NAME_OF(FM_ISA),
                            {FM_ISA::run_job<float>, FM_ISA::run_job<double>},
                            {FM_ISA::run_composite<float>, FM_ISA::run_composite<double>},

@@ -26,7 +26,7 @@ struct Engine {
   Plan<T> plan;
   Grid grid, query;
   Store store;
-  int threads, flights;  // flights: tasks in flight at a time, at most
+  int flights;  // tasks in flight at a time, at most
   bool dual, keeps_updates;
   int states;  // of the inner rule, per parameter
   Hand<T>* hands;
@@ -106,7 +106,6 @@ void plan_engine(Engine<T>& e, const Job& job) {
   e.keeps_updates = job.op == Op::k_maml && job.rates != nullptr;
   const int64_t T_ = job.data.tasks, n = job.threads;
   const int64_t rest = T_ % n, crew = rest ? ceil_div(n, rest) : 1;
-  e.threads = job.threads;
   e.flights = static_cast<int>(T_ >= n ? n : T_);
   // a tile: panels that fit the second-level cache beside the weights on their way through, 64 to
   // 128 points
@@ -128,12 +127,12 @@ int64_t capacity_of(const Engine<T>& e) {
 template <class T>
 void carve_engine(Carver& c, Engine<T>& e) {
   const int64_t capacity = capacity_of(e);
-  e.hands = c.take<Hand<T>>(e.threads);
+  e.hands = c.take<Hand<T>>(e.job.threads);
   e.shared = c.take<Shared<T>>(e.flights);
   e.fixed = c.take<T>(e.plan.fixed);
   Hand<T> hand;
   Shared<T> shared;
-  for (int i = 0; i < e.threads; ++i) carve_hand(c, e, capacity, c.base ? e.hands[i] : hand);
+  for (int i = 0; i < e.job.threads; ++i) carve_hand(c, e, capacity, c.base ? e.hands[i] : hand);
   for (int i = 0; i < e.flights; ++i) carve_shared(c, e, c.base ? e.shared[i] : shared);
 }
 
@@ -162,7 +161,7 @@ const T* row_of(const void* rows, int64_t stride, int64_t task) {
 // Packs a row of parameters, each hand its units, and meets.
 template <class T>
 void pack_all(const Crew<T>& crew, const Plan<T>& p, const T* params, T* packed) {
-  each_unit(crew, p, [&](const Layer& y, int64_t b) { pack_rows(p, y, b, params, packed); });
+  each_unit(crew, p, [&](const Layer& y, int64_t b) { pack_rows(y, b, params, packed); });
   crew.meet();
 }
 
@@ -221,6 +220,29 @@ void single_pass(const Engine<T>& e, const Crew<T>& crew, int64_t task) {
   crew.meet();
 }
 
+// α of one task and step, one number for each parameter or one for all.
+template <class T>
+struct Rates {
+  const T* at;
+  int64_t stride;  // 1 or 0
+  T operator[](int64_t i) const { return at[stride * i]; }
+  // f(i, α_i) for i in [first, first + count), a plain loop for either kind
+  template <class F>
+  void each(int64_t first, int64_t count, F&& f) const {
+    if (stride) {
+      for (int64_t i = first; i < first + count; ++i) f(i, at[i]);
+    } else {
+      for (int64_t i = first; i < first + count; ++i) f(i, at[0]);
+    }
+  }
+};
+
+template <class T>
+Rates<T> rates_at(const Job& job, int64_t task, int64_t k) {
+  return {static_cast<const T*>(job.lr) + k * job.lr_stride[0] + task * job.lr_stride[1],
+          job.lr_stride[2]};
+}
+
 // One inner step on a unit: θ' = θ − α ⊙ u, packed at once. States move in place, or from place k−1
 // to place k.
 template <class T>
@@ -230,18 +252,13 @@ void update_unit(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t 
   const int64_t P = e.plan.params;
   Shared<T>& s = *crew.shared;
   const RuleAt<T> rule = rule_at<T>(job.rule, k);
-  const T* lr = static_cast<const T*>(job.lr) + k * job.lr_stride[0] + task * job.lr_stride[1];
-  const int64_t each = job.lr_stride[2];
+  const Rates<T> lr = rates_at<T>(job, task, k);
   const bool placed = job.op == Op::k_maml && job.order == 2 && rule.kind == RuleKind::k_adam;
   const int64_t to = placed ? k * P : 0, from = placed && k ? to - P : to;
   each_piece(crew, y, b, &Hand<T>::grad, [&](int64_t at, int64_t count, const T* g) {
     T *s0 = s.state[0], *s1 = s.state[1], *kept = s.updates ? s.updates + k * P + at : nullptr;
     if (rule.kind == RuleKind::k_sgd && !kept) {
-      if (each) {
-        for (int64_t i = 0; i < count; ++i) next[at + i] = theta[at + i] - lr[at + i] * g[i];
-      } else {
-        for (int64_t i = 0; i < count; ++i) next[at + i] = theta[at + i] - lr[0] * g[i];
-      }
+      lr.each(at, count, [&](int64_t i, T rate) { next[i] = theta[i] - rate * g[i - at]; });
       return;
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -250,10 +267,10 @@ void update_unit(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t 
       if (s0) s0[to + at + i] = a;
       if (s1) s1[to + at + i] = c;
       if (kept) kept[i] = u;
-      next[at + i] = theta[at + i] - lr[each * (at + i)] * u;
+      next[at + i] = theta[at + i] - lr[at + i] * u;
     }
   });
-  pack_rows(e.plan, y, b, next, s.packed);
+  pack_rows(y, b, next, s.packed);
 }
 
 template <class T>
@@ -276,7 +293,7 @@ void inner_loop(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64_t s
   each_unit(crew, e.plan, [&](const Layer& y, int64_t b) {
     copy_unit(y, b, row_of<T>(job.params, job.params_stride, task), s.theta);
     keep(y, b, 0, s.theta);
-    pack_rows(e.plan, y, b, s.theta, s.packed);
+    pack_rows(y, b, s.theta, s.packed);
   });
   crew.meet();
   for (int64_t k = 0; k < job.steps; ++k) {
@@ -336,14 +353,13 @@ void direction_unit(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64
   const int64_t P = e.plan.params;
   Shared<T>& s = *crew.shared;
   const RuleAt<T> rule = rule_at<T>(job.rule, k);
-  const T* lr = static_cast<const T*>(job.lr) + k * job.lr_stride[0] + task * job.lr_stride[1];
-  const int64_t each = job.lr_stride[2];
+  const Rates<T> lr = rates_at<T>(job, task, k);
   const bool adam = rule.kind == RuleKind::k_adam, last = k == job.steps - 1;
   T *a0 = s.direction + P,
     *a1 = s.direction + 2 * P;  // adjoints of the states, where there are any
   each_range<T>(y, b, [&](int64_t at, int64_t count) {
     for (int64_t i = at; i < at + count; ++i) {
-      const T ubar = -lr[each * i] * s.lambda[i];
+      const T ubar = -lr[i] * s.lambda[i];
       T g(0), m(0), v(0), x0(0), x1(0);
       if (adam) {
         m = s.state[0][k * P + i];
@@ -357,8 +373,8 @@ void direction_unit(const Engine<T>& e, const Crew<T>& crew, int64_t task, int64
       if (e.states > 1) a1[i] = x1;
     }
   });
-  pack_rows(e.plan, y, b, s.theta + k * P, s.packed);
-  pack_rows(e.plan, y, b, s.direction, s.packed_v);
+  pack_rows(y, b, s.theta + k * P, s.packed);
+  pack_rows(y, b, s.direction, s.packed_v);
 }
 
 // The meta-gradient of one task: K steps, the query's gradient λ_K, and in second order
@@ -483,7 +499,7 @@ void run_job(const Job& job, Arena& arena) {
     e.shared[i].gate = Gate{};
     e.shared[i].packed_from = nullptr;
   }
-#pragma omp parallel num_threads(e.threads)
+#pragma omp parallel num_threads(e.job.threads)
   run_thread(e, omp_get_num_threads(), omp_get_thread_num());
 }
 

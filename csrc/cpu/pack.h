@@ -61,7 +61,6 @@ FM_PACK Pack<T> load_unaligned(const T* p) {
   return Pack<T>((typename Pack<T>::V)(*reinterpret_cast<const typename Lanes<T>::U*>(p)));
 }
 FM_PACK void store(T* p, Pack<T> x) { *reinterpret_cast<typename Pack<T>::V*>(p) = x.v; }
-FM_PACK void store_unaligned(T* p, Pack<T> x) { *reinterpret_cast<typename Lanes<T>::U*>(p) = x.v; }
 
 FM_PACK Pack<T> operator+(Pack<T> x, Pack<T> y) { return x.v + y.v; }
 FM_PACK Pack<T> operator-(Pack<T> x, Pack<T> y) { return x.v - y.v; }
@@ -75,7 +74,6 @@ struct Mask {
 };
 FM_PACK Mask<T> operator>(Pack<T> x, Pack<T> y) { return {(typename Pack<T>::I)(x.v > y.v)}; }
 FM_PACK Mask<T> operator<(Pack<T> x, Pack<T> y) { return {(typename Pack<T>::I)(x.v < y.v)}; }
-FM_PACK Mask<T> operator<=(Pack<T> x, Pack<T> y) { return {(typename Pack<T>::I)(x.v <= y.v)}; }
 FM_PACK Pack<T> select(Mask<T> m, Pack<T> x, Pack<T> y) {
   return Pack<T>((typename Pack<T>::V)(m.bits ? x.v : y.v));
 }

@@ -32,6 +32,7 @@ struct Layer {
   Activation activation;
   double w0;
   bool thin_in, last;      // reads coordinates; writes the network's outputs
+  bool back;               // the adjoint of its input is wanted
   int64_t kept_z, kept_h;  // offsets of a kept tile, in points; −1: not kept
 };
 
@@ -77,8 +78,8 @@ void make_plan(Plan<T>& p, const Network& net, bool want_x) {
     y.bias = y.weight + y.in * y.out;
     p.params = y.bias + y.out;
     y.forward = grow(p.packed, y.last ? y.out * padded<T>(y.in) : padded<T>(y.out) * y.in);
-    const bool back = l > 0 || want_x;
-    y.backward = grow(p.packed, !back       ? 0
+    y.back = l > 0 || want_x;
+    y.backward = grow(p.packed, !y.back     ? 0
                                 : y.thin_in ? y.in * padded<T>(y.out)
                                             : padded<T>(y.in) * y.out);
     y.packed_bias = grow(p.packed, padded<T>(y.out));
@@ -102,7 +103,7 @@ void make_plan(Plan<T>& p, const Network& net, bool want_x) {
 
 // One block of W rows of a layer, from the natural row of parameters.
 template <class T>
-void pack_rows(const Plan<T>& p, const Layer& y, int64_t block, const T* params, T* packed) {
+void pack_rows(const Layer& y, int64_t block, const T* params, T* packed) {
   constexpr int W = kWidth<T>;
   const int64_t first = block * W, count = lanes_of<T>(y.out, block);
   const T* source = params + y.weight + first * y.in;
@@ -115,12 +116,11 @@ void pack_rows(const Plan<T>& p, const Layer& y, int64_t block, const T* params,
   } else {
     transpose_rows(source, y.in, count, to);
   }
-  const bool back = &y != p.layers || p.want_x;
-  if (back && y.thin_in) {
+  if (y.back && y.thin_in) {
     for (int64_t i = 0; i < y.in; ++i)
       for (int64_t o = 0; o < W; ++o)
         packed[y.backward + i * out_pad + first + o] = o < count ? source[o * y.in + i] : T(0);
-  } else if (back) {
+  } else if (y.back) {
     for (int64_t b = 0; b < blocks_of<T>(y.in); ++b) {
       const int64_t lanes = lanes_of<T>(y.in, b);
       T* panel = packed + y.backward + (b * y.out + first) * W;

@@ -10,10 +10,6 @@ template <class S>
 struct Dual {
   S a, d;
 };
-template <class S>
-struct ScalarOf<Dual<S>> {
-  using type = Scalar<S>;
-};
 
 // The value of a number, and a number with a given value and no tangent.
 template <class S>

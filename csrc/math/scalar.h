@@ -18,14 +18,6 @@
 
 namespace fastmeta {
 
-// The scalar below a number: float for float, Pack<float> and Dual<Pack<float>>.
-template <class S>
-struct ScalarOf {
-  using type = S;
-};
-template <class S>
-using Scalar = typename ScalarOf<S>::type;
-
 #define FM_BOTH(name, f32, f64, ...)                                \
   FM_HOST_DEVICE float name(float x) { return f32(x) __VA_ARGS__; } \
   FM_HOST_DEVICE double name(double x) { return f64(x) __VA_ARGS__; }

@@ -142,7 +142,7 @@ def adapt(
     worker = dispatch.choose(case, impl)
     theta, losses, thetas = worker.adapt(
         net, rows.detach(), batch, rates.detach(), rule, keep=keep, max_memory=memory
-    )
+    )[:3]
     outputs = (theta, losses) if thetas is None else (theta, losses, thetas)
     return Adapted(
         *dispatch.refuse_gradient("adapt", _FACES, (params, lr), outputs),

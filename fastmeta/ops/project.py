@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,20 +54,21 @@ def project(
     return _Project.apply(dispatch.choose(case, impl), pixels, image)
 
 
-_recent: dict[tuple, Tensor] = {}  # the indices of the last calls, which repeat in every loop
-_SLOTS, _LARGEST = 8, 2**22  # so many, of so many numbers each at most
+_LARGEST = 2**22  # indices in one entry of the cache
 
 
 def _pixels(angles: Tensor, size: int) -> Tensor:
-    """``nearest_pixels``, kept for the next call with the same angles."""
+    """``nearest_pixels``, kept for the next call with the same angles, as loops make them."""
     if angles.numel() * size * size > _LARGEST:
         return nearest_pixels(angles, size)
-    key = (*angles.shape, size, angles.device, tuple(angles.flatten().tolist()))
-    if key not in _recent:
-        while len(_recent) >= _SLOTS:
-            _recent.pop(next(iter(_recent)), None)
-        _recent[key] = nearest_pixels(angles, size)
-    return _recent[key]
+    return _kept(tuple(angles.flatten().tolist()), angles.shape, size, angles.device)
+
+
+@lru_cache(maxsize=8)
+def _kept(angles: tuple[float, ...], shape: torch.Size, size: int, device: torch.device) -> Tensor:
+    return nearest_pixels(
+        torch.tensor(angles, dtype=torch.float64, device=device).view(shape), size
+    )
 
 
 class _Project(torch.autograd.Function):
