@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # The third word of the counter says what a draw is for.
-POINTS, JITTER, SEEDS, SHUFFLE, MASKS, TEXT = range(6)
+POINTS, JITTER, SEEDS, SHUFFLE, MASKS, TEXT, ANGLES, PHANTOMS, VIEWS, NOISE, SURFACE = range(11)
 
 _MASK = 0xFFFFFFFF
 

@@ -629,7 +629,7 @@ def test_a_resumed_run_sees_the_same(threads):
 
 
 def loaders():
-    return [t for t in threading.enumerate() if t.name.startswith("fastmeta-images")]
+    return [t for t in threading.enumerate() if t.name.startswith("fastmeta-feed")]
 
 
 def test_closing_ends_the_threads_and_reading_stays_ahead():
@@ -666,9 +666,12 @@ def test_batches_refuses():
     for change in ({"tasks": 0}, {"start": -1}, {"threads": 0}, {"ahead": 0}):
         arguments = {"tasks": 1, "seed": 0, **change}
         one_line(
-            "batches: 3 images, .* accepted are integers >= 1", im.batches, some(3), **arguments
+            "feed: 3 tasks to choose from, .* accepted are integers >= 1",
+            im.batches,
+            some(3),
+            **arguments,
         )
-    one_line("batches: 0 images", im.batches, some(3).take([]), tasks=1, seed=0)
+    one_line("feed: 0 tasks", im.batches, some(3).take([]), tasks=1, seed=0)
 
 
 def test_a_cached_step_is_cheap():

@@ -367,6 +367,3 @@ def _resize(image: Any, size: tuple[int, int]) -> Any:
         return image.crop((left, top, left + W, top + H))
     box = ((w - wide) / 2, (h - tall) / 2, (w + wide) / 2, (h + tall) / 2)
     return image.resize((W, H), Image.Resampling.LANCZOS, box)
-
-
-# Splits

@@ -6,12 +6,9 @@ Source: Tancik et al. 2021.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import re
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import closing
 from functools import lru_cache
 from typing import Any
 
@@ -22,75 +19,23 @@ from .. import rng
 from ..batch import Batch
 from ..spec import COORDS, MLP
 from .files import ImageSet, open_images, size_pair
+from .sets import feed, folders_or_split, split
+
+__all__ = [
+    "MASKS",
+    "Splits",
+    "batches",
+    "grid",
+    "image_batch",
+    "mask",
+    "open_images",
+    "open_splits",
+    "split",
+    "to_pixels",
+]
 
 MASKS = ("left", "top", "center", "random:SHARE with 0 < SHARE < 1", "every:N with N >= 2")
-_PARTS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}  # folder -> part
 Splits = tuple[ImageSet, ImageSet, ImageSet]
-
-
-def split(
-    images: ImageSet,
-    *,
-    validation: float = 0.1,
-    test: float = 0.1,
-    seed: int = 0,
-    group: str | None = None,
-) -> Splits:
-    """(train, validation, test), by a hash of (seed, group): new images move no others.
-
-    ``u = hash / 2⁶⁴``: validation where u < validation, test where u < validation + test, else
-    train. A part that has a share but no image takes the smallest hash of the largest other part
-    (and may give it back as a set grows), so three groups always suffice for three parts.
-
-    Args:
-        validation, test: shares in [0,1], together at most 1.
-        group: None: each name by itself; or a regular expression with one group, searched for in
-            the name: equal groups stay together, as with r"(\\d+)_", a person's number.
-
-    Raises:
-        ValueError: shares out of range, an expression that is wrong or does not match a name.
-    """
-    shares = (1 - validation - test, validation, test)
-    if not all(-1e-9 <= share <= 1 for share in shares):
-        came = f"validation is {validation}, test {test}"
-        raise ValueError(f"split: {came}; accepted are shares >= 0 that sum to at most 1")
-    keys = list(images.names) if group is None else _groups(images.names, group)
-
-    def digest(key: str) -> tuple[int, str]:
-        text = f"{seed}/{key}".encode("utf-8", "surrogateescape")
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big"), key
-
-    parts: list[list[str]] = [[], [], []]
-    for number, key in sorted(map(digest, set(keys))):
-        u = number / 2**64
-        parts[1 if u < validation else 2 if u < validation + test else 0].append(key)
-    for part, share in enumerate(shares):
-        donor = max((p for p in (2, 1, 0) if p != part), key=lambda p: len(parts[p]))
-        if share > 1e-9 and not parts[part] and len(parts[donor]) > (part != 0):
-            parts[part].append(parts[donor].pop(0))
-    place = {key: part for part, members in enumerate(parts) for key in members}
-    return _by_part(images, [place[key] for key in keys])
-
-
-def _groups(names: Sequence[str], group: str) -> list[str]:
-    try:
-        pattern = re.compile(group)
-    except re.error as error:
-        raise ValueError(f"split: group {group!r} is no regular expression ({error})") from error
-    if pattern.groups != 1:
-        raise ValueError(f"split: group {group!r} has {pattern.groups} groups; accepted is one ( )")
-    found = []
-    for name in names:
-        match = pattern.search(name)
-        if match is None or match[1] is None:
-            raise ValueError(f"split: {name} does not match group {group!r}; every name must")
-        found.append(match[1])
-    return found
-
-
-def _by_part(images: ImageSet, places: Sequence[int | None]) -> Splits:
-    train, validation, test = ([i for i, p in enumerate(places) if p == k] for k in range(3))
-    return images.take(train), images.take(validation), images.take(test)
 
 
 def open_splits(
@@ -111,17 +56,7 @@ def open_splits(
     Arguments and errors as for ``open_images`` and ``split``; the three sets share one memory.
     """
     images = open_images(source, size=size, channels=channels, memory=memory)
-    tops = [name.split("/")[0].lower() if "/" in name else "" for name in images.names]
-    places = [_PARTS.get(top) for top in tops]
-    if 0 not in places or not {1, 2} & set(places):
-        return split(images, validation=validation, test=test, seed=seed, group=group)
-    train, *given = _by_part(images, places)
-    left = [
-        0.0 if len(part) else share for part, share in zip(given, (validation, test), strict=True)
-    ]
-    train, *drawn = split(train, validation=left[0], test=left[1], seed=seed, group=group)
-    checks, held_out = (g if len(g) else d for g, d in zip(given, drawn, strict=True))
-    return train, checks, held_out
+    return folders_or_split(images, validation=validation, test=test, seed=seed, group=group)
 
 
 # Batches
@@ -272,35 +207,24 @@ def batches(
     Raises:
         ValueError: an empty set, a number out of range; and at its step what reading an image does.
     """
-    if min(tasks, start + 1, threads, ahead, len(images)) < 1:
-        came = (
-            f"{len(images)} images, tasks {tasks}, start {start}, {threads} threads, ahead {ahead}"
-        )
-        raise ValueError(f"batches: {came}; accepted are integers >= 1, start >= 0")
-    steps = itertools.count(start) if stop is None else iter(range(start, stop))
-    return _batches(images, tasks, seed, steps, threads, ahead)
 
-
-def _batches(
-    images: ImageSet, tasks: int, seed: int, steps: Iterator[int], threads: int, ahead: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    n = len(images)
-    order = lru_cache(maxsize=2)(lambda epoch: rng.permutation(seed, epoch, n).tolist())
-    pool = ThreadPoolExecutor(threads, "fastmeta-images")
-    waiting: deque[Any] = deque()
-
-    def load(indices: list[int]) -> Tensor:
+    def load(step: int, indices: list[int]) -> Tensor:
         return torch.stack([images[i] for i in indices])
 
-    try:
-        while True:
-            for step in itertools.islice(steps, ahead - len(waiting)):
-                positions = range(step * tasks, (step + 1) * tasks)
-                indices = [order(p // n)[p % n] for p in positions]
-                waiting.append((step, torch.tensor(indices), pool.submit(load, indices)))
-            if not waiting:
-                return
-            step, indices, future = waiting.popleft()
-            yield step, future.result(), indices
-    finally:
-        pool.shutdown(cancel_futures=True)
+    stream = feed(
+        len(images),
+        load,
+        tasks=tasks,
+        seed=seed,
+        start=start,
+        stop=stop,
+        threads=threads,
+        ahead=ahead,
+    )
+    return _with_tensors(stream)
+
+
+def _with_tensors(stream: Iterator) -> Iterator[tuple[int, Tensor, Tensor]]:
+    with closing(stream):  # type: ignore[type-var]
+        for step, pixels, indices in stream:
+            yield step, pixels, torch.tensor(indices)
