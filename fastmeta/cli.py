@@ -1,4 +1,4 @@
-"""``fastmeta train | fit | eval | info``: the command line."""
+"""``fastmeta train | fit | eval | render | info``: the command line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from . import __version__, env
-from .apply import Eval, Fit, builtin, evaluate_run, fit, summary
+from . import __version__, env, recipes
+from .apply import Eval, Fit, Render, builtin, evaluate_run, fit, render, summary
 from .batch import MEASURES
 from .ops import dispatch
 from .rules import RULES
 from .spec import ACTIVATIONS, MLP
-from .train import CONFIG, Config, saved_config, train
+from .tasks import KINDS, kind_of, options
+from .train import CONFIG, Config, as_json, saved_config, train
 
 # What a user can mend, as opposed to a fault of ours: one line, exit code 2.
 _USER_ERRORS = (
@@ -34,13 +35,17 @@ _USER_ERRORS = (
 
 USAGE = """usage: fastmeta COMMAND [options]      fastmeta COMMAND --help for its options
 
-  train images --data DIR|text --out RUN    meta-train a start on images
-  train images --resume --out RUN           continue a run that was stopped
-  fit RUN --data DIR [--out DIR]            fit new images from a learned start
-  eval RUN [--data DIR|text]                compare a learned start with others on held-out images
-  info                                      which implementation runs here, and why not the others
+  train KIND --data DATA --out RUN      meta-train a start; KIND is {kinds}
+  train KIND --resume --out RUN         continue a run that was stopped
+  train KIND --recipe NAME ...          with the paper's values ({recipes}), each of which
+                                        an option may change; --scale small: minutes on two cores
+  fit RUN --data DATA [--out DIR]       fit new signals from a learned start
+  eval RUN [--also RUN2] [--data DATA]  compare learned starts with others on held-out signals
+  render FITS [--out DIR]               videos, meshes, pictures of what was fitted
+  info                                  which implementation runs here, and why not the others
   --version
 
+DATA is a folder or a file; or made here: text (images), phantoms (ct), chairs (views).
 RUN is the folder of a training run, a .safetensors file, the authors' .pkl or .npz{builtin}
 """
 
@@ -74,11 +79,7 @@ def _run(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     asked = not arguments or command in ("-h", "--help")
     if asked or (command == "train" and rest[:1] in ([], ["-h"], ["--help"])):
-        names = ", ".join(builtin())
-        print(
-            USAGE.format(builtin=names and f",\nor the name of one that comes along: {names}"),
-            end="",
-        )
+        print(usage(), end="")
         return 0 if arguments else 2
     if command in ("-V", "--version"):
         print(f"fastmeta {__version__}")
@@ -86,34 +87,91 @@ def _run(arguments: list[str]) -> int:
     if command == "info":
         print(info())
         return 0
-    if command == "train" and rest[0] != "images":
-        accepted = "accepted is images, as in: fastmeta train images --help"
-        raise ValueError(f"train: the kind of signal is {rest[0]}; {accepted}")
     known: dict[str, tuple[Callable[..., Any], Callable[[Any], None]]] = {
-        "train": (Config, _train),
         "fit": (Fit, _fit),
         "eval": (Eval, _eval),
+        "render": (Render, _render),
     }
-    if command not in known:
-        accepted = "accepted are train, fit, eval, info, --version, --help"
-        raise ValueError(f"{command}: no such command; {accepted}")
-    kind, act = known[command]
     if command == "train":
-        options = _options(kind, "train images", rest[1:], _resumed(rest[1:]))
+        kind, given = rest[0], rest[1:]
+        if kind not in KINDS:
+            accepted = f"accepted are {', '.join(KINDS)}, as in: fastmeta train images --help"
+            raise ValueError(f"train: the kind of signal is {kind}; {accepted}")
+        given, default = _begin(kind, given)
+        form: Any = Config[options(kind)]  # type: ignore[misc]
+        chosen = _options(form, f"train {kind}", given, default)
+        act: Callable[[Any], None] = _train
+    elif command in known:
+        form, act = known[command]
+        chosen = _options(form, command, rest)
     else:
-        options = _options(kind, command, rest)
-    if options is not None:
-        act(options)
+        accepted = "accepted are train, fit, eval, render, info, --version, --help"
+        raise ValueError(f"{command}: no such command; {accepted}")
+    if chosen is not None:
+        act(chosen)
     return 0
 
 
-def _train(options: Config) -> None:
-    print(f"best start: {train(options)}")
+def usage() -> str:
+    """What ``fastmeta`` alone prints."""
+    names = ", ".join(builtin())
+    paper = ", ".join(name for name, recipe in recipes.RECIPES.items() if recipe.paper)
+    return USAGE.format(
+        builtin=names and f",\nor the name of one that comes along: {names}",
+        kinds=", ".join(KINDS),
+        recipes=paper,
+    )
+
+
+def _begin(kind: str, arguments: list[str]) -> tuple[list[str], Config | None]:
+    """(arguments left, what they change): a run's own options with --resume, else a recipe's."""
+    arguments, name = _take(arguments, "--recipe")
+    arguments, scale = _take(arguments, "--scale")
+    resumed = _resumed(arguments)
+    if resumed is not None:
+        if name is not None or scale is not None:
+            given = "--recipe" if name is not None else "--scale"
+            raise ValueError(f"train: {given} with --resume; accepted is one of them")
+        if kind_of(resumed.signal) != kind:
+            came = f"{resumed.out}: a run on {kind_of(resumed.signal)}, resumed as {kind}"
+            raise ValueError(f"train: {came}; accepted is train {kind_of(resumed.signal)}")
+        return arguments, resumed
+    scale = scale or ("small" if name is None else "paper")
+    name = recipes.of_kind(kind) if name is None else name
+    if name in recipes.RECIPES and recipes.RECIPES[name].kind != kind:
+        right = recipes.RECIPES[name].kind
+        raise ValueError(f"train: recipe {name} with {kind}; accepted is train {right}")
+    import tyro
+
+    made = recipes.configure(name, scale, data=tyro.MISSING, out=tyro.MISSING)
+    return arguments, made
+
+
+def _take(arguments: list[str], option: str) -> tuple[list[str], str | None]:
+    """(the other arguments, the value of an option that only this file knows)."""
+    left, value = [], None
+    rest = iter(arguments)
+    for word in rest:
+        if word == option:
+            value = next(rest, None)
+            if value is None:
+                raise ValueError(f"train: {option} has no value; accepted is one after it")
+        elif word.startswith(f"{option}="):
+            value = word.removeprefix(f"{option}=")
+        else:
+            left.append(word)
+    return left, value
+
+
+def _train(config: Config) -> None:
+    chosen = {k: v for k, v in as_json(config).items() if v is not None and v != ()}
+    print(" ".join(f"{k}={v}" for k, v in chosen.items()), flush=True)
+    print(f"best start: {train(config)}")
 
 
 def _fit(options: Fit) -> None:
     out = fit(options)
-    print(f"{summary(out)}\npictures, fits.safetensors (weights), scores.csv: {out}")
+    print(f"{summary(out)}\nwhat they show, fits.safetensors (weights), scores.csv: {out}")
 
 
 def _eval(options: Eval) -> None:
@@ -122,17 +180,22 @@ def _eval(options: Eval) -> None:
     print(f"table.md, table.csv, scores.json, and the pictures curve.png and strip.png: {out}")
 
 
+def _render(options: Render) -> None:
+    print("\n".join(str(path) for path in render(options)))
+
+
 def _options(kind: Callable[..., Any], name: str, arguments: list[str], default: Any = None) -> Any:
     """A dataclass from the command line; None where only help was asked for."""
     import tyro
 
     if arguments and not arguments[0].startswith("-"):  # fastmeta fit RUN ...
-        arguments = ["--run", *arguments]
+        arguments = ["--fits" if name == "render" else "--run", *arguments]
     given = {} if default is None else {"default": default}
     panel = io.StringIO()
     try:
         with redirect_stderr(panel):
-            return tyro.cli(kind, prog=f"fastmeta {name}", args=arguments, **given)
+            flat = (tyro.conf.OmitArgPrefixes,)  # the signal's options stand beside the others
+            return tyro.cli(kind, prog=f"fastmeta {name}", args=arguments, config=flat, **given)
     except SystemExit as end:
         if not end.code:
             return None

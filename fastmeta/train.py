@@ -1,6 +1,6 @@
-"""Meta-training on images: configuration, loop, validation, logs, checkpoints, resumption.
+"""Meta-training: configuration, loop, validation, logs, checkpoints, resumption.
 
-Everything random is a function of (seed, outer step): the order of images, the points of an inner
+Everything random is a function of (seed, outer step): the order of tasks, the points of an inner
 step, the start. A run's whole state is therefore weights, optimiser moments and the step; it is
 written to ``last.safetensors`` beside its final name and renamed, and a run that was killed ends
 bit for bit where it would have ended (on the same machine, with the same threads).
@@ -20,8 +20,9 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,29 +31,37 @@ from . import rng
 from .batch import Batch
 from .checkpoint import atomic_write, load_start, save_start
 from .meta.baselines import standard
-from .meta.evaluate import Start, curve
+from .meta.eikonal import Eikonal
+from .meta.evaluate import Start, reached
 from .meta.maml import MAML
 from .meta.reptile import Reptile
-from .spec import MLP, fourier_mlp, siren
-from .tasks import text
-from .tasks.images import ImageSet, batches, image_batch, open_splits
+from .spec import MLP, Encoding
+from .tasks import kind_of, module, options
+from .tasks.images import Images
+from .tasks.sets import at_least, feed, readable, refuse_changed
+
+Signal = TypeVar("Signal")
 
 LAST, BEST, CONFIG = "last.safetensors", "best.safetensors", "config.json"
 LOG, TABLE = "log.jsonl", "log.csv"
-COLUMNS = ("step", "loss", "psnr", "grad_norm", "seconds", "val_psnr")
+COLUMNS = ("step", "loss", "psnr", "grad_norm", "seconds", "val_score")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # torch.optim.Adam's state
 # What may differ between a run and its resumption; anything else would be another run.
 _MAY_CHANGE = ("iterations", "device", "threads", "impl", "save_every", "log_every")
 
 
 @dataclass(frozen=True)
-class Config:
-    """A meta-training run on images. The defaults suit 64 × 64 images on a CPU."""
+class Config(Generic[Signal]):
+    """A meta-training run on one kind of signal. Defaults suit 64 × 64 images on a CPU; those of
+    other kinds, and the paper's, are in ``recipes``."""
 
     data: str
-    """a folder of images, .npz, .npy, or "text" (strings rendered; ./text for such a folder)"""
+    """a folder or a file; or a name: "text" (images), "phantoms" (ct), "chairs" (views); ./text for
+    a folder of such a name"""
     out: Path
     """folder of the run: checkpoints, logs, configuration"""
+    signal: Signal = field(default_factory=Images)  # type: ignore[assignment]
+    """what a task is and how the data is read: ``Images()``, ``CT()``, ..."""
     algorithm: Literal["maml", "reptile"] = "maml"
     """maml: the gradient through the inner steps; reptile: towards where they end"""
     order: Literal[1, 2] = 2
@@ -60,9 +69,9 @@ class Config:
     iterations: int = 600
     """outer steps"""
     tasks: int = 3
-    """images per outer step"""
+    """tasks per outer step"""
     inner_steps: int = 2
-    """gradient steps on each image, K"""
+    """gradient steps on each task, K"""
     inner_lr: float = 3e-2
     """rate of the inner steps; with meta_sgd where the learned rates begin"""
     rule: Literal["sgd", "momentum", "adam", "meta_sgd"] = "sgd"
@@ -72,13 +81,12 @@ class Config:
     clip: float | None = None
     """largest norm of the outer gradient; none: no clipping"""
     per_step: int | None = None
-    """pixels drawn anew at each inner step; none: all"""
-    size: int = 64
-    """height and width; photographs are cropped about the centre and resized"""
-    channels: Literal[1, 3] = 3
-    """of the images: 3 colour, 1 grey"""
-    network: Literal["siren", "fourier"] = "siren"
-    """siren: sine layers; fourier: ReLU layers on Gaussian features"""
+    """pixels, points or rays drawn anew at each inner step; none: all"""
+    eikonal: float = 0.0
+    """weight of (‖∇f‖ − 1)² in the loss of a distance field; with reptile, or maml of order 1"""
+    network: Literal["siren", "fourier", "frequencies", "relu"] = "siren"
+    """siren: sine layers; fourier: ReLU on Gaussian features; frequencies: ReLU on a ladder of
+    frequencies (NeRF's); relu: ReLU on bare coordinates"""
     width: int = 128
     """neurons in a hidden layer"""
     depth: int = 5
@@ -87,18 +95,22 @@ class Config:
     """sine frequency of a siren"""
     features: int = 256
     """Gaussian features of a fourier network"""
-    scale: float = 30.0
+    feature_scale: float = 30.0
     """their standard deviation"""
-    validation: float = 0.1
-    """share of the images for validation (of the groups, where there is a pattern)"""
-    test: float = 0.1
-    """share held out for `fastmeta eval`"""
-    group: str | None = None
-    """regular expression with one group: names with the same match stay in one part"""
+    frequencies: int = 20
+    """frequencies of a ladder, from 2⁰"""
+    max_exponent: float = 8.0
+    """to 2 to this power"""
+    test_counts: tuple[int, ...] = ()
+    """angles or views that a task is seen through at test; the first also in validation"""
+    test_steps: int | None = None
+    """gradient steps at test and in validation; none: as many as in training"""
+    test_per_step: int | None = None
+    """points or rays drawn at each of them; none: as in training"""
     validate_every: int = 100
     """outer steps between validations"""
-    validate_images: int = 16
-    """images of the validation part that are scored, at most"""
+    validate_tasks: int = 16
+    """tasks of the validation part that are scored, at most"""
     save_every: int = 100
     """outer steps between checkpoints"""
     log_every: int = 10
@@ -119,62 +131,77 @@ class Config:
     """continue the run in --out; options not given are the run's own"""
 
     def __post_init__(self) -> None:
-        at_least("train", self, 1, "tasks", "inner_steps", "size", "features", "per_step")
-        at_least("train", self, 1, "validate_every", "validate_images", "save_every", "log_every")
+        at_least("train", self, 1, "tasks", "inner_steps", "features", "frequencies", "per_step")
+        at_least("train", self, 1, "validate_every", "validate_tasks", "save_every", "log_every")
+        at_least("train", self, 1, "test_steps", "test_per_step")
         at_least("train", self, 0, "iterations", "seed")
         if not self.lr > 0 or (self.clip is not None and not self.clip > 0):
             came = f"lr is {self.lr}, clip {self.clip}"
             raise ValueError(f"train: {came}; accepted are lr > 0, clip > 0 or none")
-        self._refuse_idle()
+        if any(not isinstance(n, int) or n < 1 for n in self.test_counts):
+            came = f"test_counts is {self.test_counts}"
+            raise ValueError(f"train: {came}; accepted are integers >= 1")
+        for option, chosen, *names in _IDLE:
+            if getattr(self, option) == chosen:
+                refuse_changed(self, f"{option} {chosen}", *names)
+        self._check_signal()
 
-    def _refuse_idle(self) -> None:
-        """Raise where an option was given that the others leave without effect."""
-        idle = {
-            ("algorithm", "reptile"): ("order",),
-            ("network", "siren"): ("features", "scale"),
-            ("network", "fourier"): ("w0",),
-            ("data", "text"): ("validation", "test", "group"),
-        }
-        standing = {f.name: f.default for f in dataclasses.fields(self)}
-        for (option, chosen), names in idle.items():
-            for name in names if getattr(self, option) == chosen else ():
-                if getattr(self, name) != standing[name]:
-                    came = f"{name} is {getattr(self, name)!r} with {option} {chosen}"
-                    raise ValueError(f"train: {came}, where it has no effect; accepted is without")
+    def _check_signal(self) -> None:
+        """What the kind of signal asks of the rest."""
+        kind = kind_of(self.signal)
+        counted = module(kind).COUNTED
+        if counted is None and self.test_counts:
+            came = f"test_counts is {self.test_counts} with {kind}"
+            raise ValueError(f"train: {came}, where nothing is counted; accepted is without")
+        if counted is not None and not self.test_counts:
+            raise ValueError(f"train: test_counts is empty; {kind} needs numbers of {counted}")
+        if not self.eikonal >= 0 or (self.eikonal and kind != "sdf"):
+            came = f"eikonal is {self.eikonal} with {kind}"
+            raise ValueError(f"train: {came}; accepted is a weight >= 0 with sdf, else 0")
+        if self.eikonal and self.algorithm == "maml" and self.order == 2:
+            came = "eikonal with order 2 would need a third derivative of the network"
+            raise ValueError(
+                f"train: {came}; accepted are algorithm reptile, and maml with order 1"
+            )
 
 
-def at_least(op: str, options: object, least: int, *names: str) -> None:
-    """Raise unless each of these options is None or an integer in [least, 2⁶²)."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not (isinstance(value, int) and least <= value < 2**62):
-            raise ValueError(f"{op}: {name} is {value!r}; accepted is an integer >= {least}")
+# (option, its value, options that then have no effect)
+_IDLE = (
+    ("algorithm", "reptile", "order"),
+    ("network", "siren", "features", "feature_scale", "frequencies", "max_exponent"),
+    ("network", "fourier", "w0", "frequencies", "max_exponent"),
+    ("network", "frequencies", "w0", "features", "feature_scale"),
+    ("network", "relu", "w0", "features", "feature_scale", "frequencies", "max_exponent"),
+)
 
 
 def network(config: Config) -> MLP:
-    """The network a configuration names."""
-    if config.network == "fourier":
-        return fourier_mlp(
-            2, config.channels, config.width, config.depth, config.features, config.scale
+    """The network a configuration names, of the shape its kind of signal needs.
+
+    Where the signal lies in [0,1] a sine network ends in + 0.5, a ReLU network in a sigmoid.
+    """
+    D, C, coords, bounded = module(kind_of(config.signal)).shape(config.signal)
+    if config.network == "siren":
+        shift = 0.5 if bounded else 0.0
+        return MLP(
+            D, C, config.width, config.depth, "sine", config.w0, output_shift=shift, coords=coords
         )
-    return siren(2, config.channels, config.width, config.depth, config.w0, output_shift=0.5)
+    encoding = None
+    if config.network == "fourier":
+        encoding = Encoding.gaussian(D, config.features, config.feature_scale)
+    elif config.network == "frequencies":
+        encoding = Encoding.frequencies(D, config.frequencies, config.max_exponent)
+    output = "sigmoid" if bounded else "linear"
+    return MLP(D, C, config.width, config.depth, encoding=encoding, output=output, coords=coords)
 
 
-def open_data(config: Config) -> tuple[ImageSet, ImageSet, ImageSet]:
+def open_data(config: Config) -> tuple[Any, Any, Any]:
     """(train, validation, test) of a configuration; the same for the same data and seed."""
-    if config.data == "text":
-        if config.channels != 3:
-            raise ValueError(f"train: channels is {config.channels}; the text class has 3")
-        return text.text_splits(config.size, seed=config.seed)
-    return open_splits(
-        config.data,
-        size=config.size,
-        channels=config.channels,
-        seed=config.seed,
-        validation=config.validation,
-        test=config.test,
-        group=config.group,
-    )
+    kind = kind_of(config.signal)
+    parts = module(kind).open_splits(config.data, config.signal, config.seed)
+    if getattr(config.signal, "skip_bad", False):
+        parts = tuple(readable(part) for part in parts)
+    return parts
 
 
 def place(device: str, threads: int | None) -> torch.device:
@@ -206,17 +233,26 @@ def make_folder(path: Path) -> None:
         raise OSError(f"{came}; accepted is a folder that can be written to") from None
 
 
-def first(images: ImageSet, count: int, net: MLP, where: torch.device) -> Batch:
-    """The first images of a set as one batch of whole images."""
-    pixels = torch.stack([images[i] for i in range(min(count, len(images)))])
-    return image_batch(pixels.to(where), net)
+def seen_at_test(
+    config: Config, tasks: Any, net: MLP, count: int | None, *, chunk: int = 4, seed: int = 0
+) -> Iterator[Batch]:
+    """The tasks of a set as they are at test, so many at a time; task i has the same seed whatever
+    the chunk."""
+    kind = module(kind_of(config.signal))
+    per_step = config.per_step if config.test_per_step is None else config.test_per_step
+    seeds = rng.task_seeds(seed, 2**32 - 1, len(tasks))  # a step that no training reaches
+    for at in range(0, len(tasks), chunk):
+        these = range(at, min(at + chunk, len(tasks)))
+        items = [tasks[i] for i in these]
+        part = seeds[at : at + chunk]
+        yield kind.observe(items, config.signal, net, part, count=count, per_step=per_step)
 
 
 @dataclass
 class _Run:
     """What changes while a run goes on."""
 
-    learner: MAML | Reptile
+    learner: MAML | Reptile | Eikonal
     optimizer: torch.optim.Adam
     step: int = 0
     best: float = -math.inf
@@ -226,9 +262,10 @@ class _Run:
 def train(config: Config) -> Path:
     """Meta-train a start; returns the path of the best checkpoint.
 
-    Each outer step draws ``tasks`` images, adapts to each for ``inner_steps`` steps and hands the
+    Each outer step draws ``tasks`` tasks, adapts to each for ``inner_steps`` steps and hands the
     (pseudo-)gradient to Adam. ``last.safetensors`` holds the whole state, ``best.safetensors`` the
-    start with the best validation PSNR after ``inner_steps`` steps. An interrupt (Ctrl-C, SIGTERM)
+    start with the best validation score after ``test_steps`` steps: PSNR, or for distance fields
+    −20 log10 of the mean absolute error, in dB both. An interrupt (Ctrl-C, SIGTERM)
     finishes the step, saves, and raises KeyboardInterrupt.
 
     Raises:
@@ -242,35 +279,35 @@ def train(config: Config) -> Path:
     _check_folder(config)
     training, validation, _ = open_data(config)
     if len(training) == 0 or len(validation) == 0:
-        came = f"{len(training)} images to learn from, {len(validation)} to validate"
+        came = f"{len(training)} tasks to learn from, {len(validation)} to validate"
         raise ValueError(f"train: {came}; accepted is at least one of each")
-    checks = first(validation, config.validate_images, net, where)
+    checks = list(_checks(config, validation, net, where))
     run = _restore(config, net, where)
     _write_folder(config, run)
-    feed: Any = batches(
-        training, tasks=config.tasks, seed=config.seed, start=run.step, stop=config.iterations
-    )
-    with closing(feed), _interrupts() as interrupted, _board(config, run) as board:
-        for step, pixels, _ in _bar(config, feed, run):
+    load = partial(_load_tasks, config, net, training)
+    span = {"start": run.step, "stop": config.iterations}
+    stream: Any = feed(len(training), load, tasks=config.tasks, seed=config.seed, **span)
+    with closing(stream), _interrupts() as interrupted, _board(config, run) as board:
+        for step, batch, _ in _bar(config, stream, run):
             started = time.perf_counter()
-            row = _outer_step(config, run, net, pixels.to(where), step)
+            row = _outer_step(config, run, batch.to(where), step)
             row["seconds"] = round(time.perf_counter() - started, 4)
             run.step = step + 1
             done = run.step == config.iterations
             validated = run.step % config.validate_every == 0 or done
             if validated:
-                row["val_psnr"] = _validate(config, run, checks)
+                row["val_score"] = _validate(config, run, checks)
             if validated or run.step % config.log_every == 0:
                 _log(config, run, row, board)
-            if validated and row["val_psnr"] > run.best:
-                run.best = row["val_psnr"]
+            if validated and row["val_score"] > run.best:
+                run.best = row["val_score"]
                 _save(config.out / BEST, config, run)
             if run.step % config.save_every == 0 or done or interrupted.is_set():
                 _save(config.out / LAST, config, run)
             if interrupted.is_set() and not done:
                 raise KeyboardInterrupt(
-                    f"saved after outer step {run.step} of {config.iterations}; "
-                    f"fastmeta train images --resume --out {config.out} continues it"
+                    f"saved after outer step {run.step} of {config.iterations}; fastmeta train "
+                    f"{kind_of(config.signal)} --resume --out {config.out} continues it"
                 )
     for name in (LAST, BEST):  # no step was taken, or no validation was finite
         if not (config.out / name).exists():
@@ -278,12 +315,23 @@ def train(config: Config) -> Path:
     return config.out / BEST
 
 
-def _outer_step(config: Config, run: _Run, net: MLP, pixels: Tensor, step: int) -> dict[str, Any]:
+def _load_tasks(config: Config, net: MLP, training: Any, step: int, indices: list[int]) -> Batch:
+    """The batch of an outer step, from the files on; a function of (seed, step)."""
+    kind, seeds = module(kind_of(config.signal)), rng.task_seeds(config.seed, step, len(indices))
+    items = [training[i] for i in indices]
+    return kind.learn(items, config.signal, net, seeds, config.per_step)
+
+
+def _checks(config: Config, validation: Any, net: MLP, where: torch.device) -> Iterator[Batch]:
+    """What validation scores: the first tasks of its part, seen as at test."""
+    chosen = validation.take(range(min(config.validate_tasks, len(validation))))
+    count = config.test_counts[0] if config.test_counts else None
+    for batch in seen_at_test(config, chosen, net, count, seed=config.seed):
+        yield batch.to(where)
+
+
+def _outer_step(config: Config, run: _Run, batch: Batch, step: int) -> dict[str, Any]:
     """One batch of tasks: loss, gradient, Adam."""
-    seed = None
-    if config.per_step is not None:
-        seed = rng.task_seeds(config.seed, step, pixels.shape[0]).to(pixels.device)
-    batch = image_batch(pixels, net, seed=seed, per_step=config.per_step)
     loss = run.learner(batch)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -297,26 +345,25 @@ def _outer_step(config: Config, run: _Run, net: MLP, pixels: Tensor, step: int) 
             f"({config.lr:g}) may help; saved checkpoints are untouched"
         )
     run.optimizer.step()
+    squared = batch.loss_parts[0] == "mse" and not config.eikonal
     return {
         "step": step + 1,
         "loss": value,
-        "psnr": round(-10 * math.log10(max(value, 1e-30)), 4),
+        "psnr": round(-10 * math.log10(max(value, 1e-30)), 4) if squared else None,
         "grad_norm": norm,
         "seconds": 0.0,
-        "val_psnr": None,
+        "val_score": None,
     }
 
 
-def _validate(config: Config, run: _Run, checks: Batch) -> float:
-    """Mean PSNR of the validation images after the inner steps."""
-    learner = run.learner
+def _validate(config: Config, run: _Run, checks: list[Batch]) -> float:
+    """Mean score of the validation tasks after the steps of a test, in dB."""
+    learner, kind = run.learner, module(kind_of(config.signal))
     rate = learner.inner_lr.detach() if isinstance(learner.inner_lr, Tensor) else learner.inner_lr
-    start = Start(learner.init.detach(), rate, learner.rule)
+    start = Start(learner.init.detach(), rate, learner.rule, config.eikonal)
+    steps = config.inner_steps if config.test_steps is None else config.test_steps
     how = {"impl": config.impl, "precision": config.precision}
-    scores = [
-        curve(learner.net, start, checks.take(slice(i, i + 4)), config.inner_steps, **how)[0]
-        for i in range(0, checks.tasks, 4)
-    ]
+    scores = [reached(learner.net, start, b, [steps], kind.METRIC, **how)[0] for b in checks]
     return round(float(torch.cat(scores)[:, -1].mean()), 4)
 
 
@@ -327,12 +374,7 @@ def saved_config(folder: Path) -> Config:
     """The configuration of a run's folder."""
     path = folder / CONFIG
     try:
-        stored = json.loads(path.read_text())
-        known = {f.name for f in dataclasses.fields(Config)}
-        unknown = sorted(set(stored) - known)
-        if unknown:
-            raise ValueError(f"unknown options {', '.join(unknown)}")
-        return Config(**{**stored, "out": folder, "resume": False})
+        return from_json(json.loads(path.read_text()), folder)
     except FileNotFoundError:
         came = f"{folder}: no {CONFIG} there"
         raise FileNotFoundError(f"{came}; accepted is the folder of a training run") from None
@@ -340,9 +382,24 @@ def saved_config(folder: Path) -> Config:
         raise ValueError(f"{path}: not the configuration of a run: {error}") from None
 
 
-def _as_json(config: Config) -> dict[str, Any]:
-    plain = dataclasses.asdict(config)
-    return {k: v for k, v in plain.items() if k not in ("out", "resume")}
+def from_json(stored: dict[str, Any], out: Path) -> Config:
+    """What ``as_json`` took apart: the kind, its options and the rest, side by side."""
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    made = options(plain.pop("kind", "images"))
+    own = {f.name for f in dataclasses.fields(made)}
+    unknown = sorted(set(plain) - own - {f.name for f in dataclasses.fields(Config)})
+    if unknown:
+        raise ValueError(f"unknown options {', '.join(unknown)}")
+    signal = made(**{k: v for k, v in plain.items() if k in own})
+    rest = {k: v for k, v in plain.items() if k not in own}
+    return Config(**{**rest, "signal": signal, "out": out, "resume": False})
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """A configuration as plain values, without the folder it lies in."""
+    plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    signal, _, _ = (plain.pop(name) for name in ("signal", "out", "resume"))
+    return {"kind": kind_of(signal), **dataclasses.asdict(signal), **plain}
 
 
 def _check_folder(config: Config) -> None:
@@ -356,7 +413,8 @@ def _check_folder(config: Config) -> None:
             accepted = "accepted are --resume, or a folder of its own with --out"
             raise ValueError(f"{out}: holds a run already; {accepted}")
         return
-    before, now = _as_json(saved_config(out)), _as_json(config)
+    before, now = as_json(saved_config(out)), as_json(config)
+    before |= {name: None for name in now.keys() - before.keys()}  # another kind of signal
     changed = [k for k in now if k not in _MAY_CHANGE and now[k] != before[k]]
     if changed:
         came = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in changed)
@@ -370,7 +428,7 @@ def _write_folder(config: Config, run: _Run) -> None:
     make_folder(config.out)
     for half in config.out.glob(".fastmeta-*.tmp"):
         half.unlink(missing_ok=True)
-    stored = json.dumps(_as_json(config), indent=1) + "\n"
+    stored = json.dumps(as_json(config), indent=1) + "\n"
     lines = "".join(json.dumps(row) + "\n" for row in run.rows)
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS)
@@ -383,16 +441,26 @@ def _write_folder(config: Config, run: _Run) -> None:
 
 def _restore(config: Config, net: MLP, where: torch.device) -> _Run:
     """The run at its last checkpoint, or a new one."""
-    kind: Any = MAML if config.algorithm == "maml" else Reptile
-    options: dict[str, Any] = {"order": config.order} if config.algorithm == "maml" else {}
-    for name in ("rule", "impl", "precision", "max_memory"):
-        options[name] = getattr(config, name)
-    init = standard(net, seed=config.seed)
-    learner = kind(net, config.inner_steps, config.inner_lr, init=init, **options).to(where)
+    learner = _learner(config, net).to(where)
     run = _Run(learner, torch.optim.Adam(learner.parameters(), lr=config.lr))
     if config.resume and (config.out / LAST).exists():
         _load(config.out / LAST, config, run)
     return run
+
+
+def _learner(config: Config, net: MLP) -> Any:
+    """MAML, Reptile, or their first-order kin with an eikonal term, at a standard start."""
+    shared: dict[str, Any] = {"init": standard(net, seed=config.seed)}
+    for name in ("rule", "impl", "precision"):
+        shared[name] = getattr(config, name)
+    inner = (config.inner_steps, config.inner_lr)
+    if config.eikonal:
+        algorithm: Any = "reptile" if config.algorithm == "reptile" else "fomaml"
+        return Eikonal(net, *inner, config.eikonal, algorithm=algorithm, **shared)
+    shared["max_memory"] = config.max_memory
+    if config.algorithm == "reptile":
+        return Reptile(net, *inner, **shared)
+    return MAML(net, *inner, order=config.order, **shared)
 
 
 def _save(path: Path, config: Config, run: _Run) -> None:
@@ -401,7 +469,7 @@ def _save(path: Path, config: Config, run: _Run) -> None:
     for name, parameter in run.learner.named_parameters() if path.name == LAST else ():
         for key, value in run.optimizer.state.get(parameter, {}).items():
             extra[f"adam.{name}.{key}"] = torch.as_tensor(value)
-    meta = {"step": run.step, "best": run.best, "config": _as_json(config)}
+    meta = {"step": run.step, "best": run.best, "config": as_json(config)}
     save_start(path, run.learner.net, run.learner.init, extra=extra, meta=meta)
 
 
@@ -455,10 +523,11 @@ def _log(config: Config, run: _Run, row: dict[str, Any], board: Any) -> None:
         for name in COLUMNS[1:]:
             if row[name] is not None:
                 board.add_scalar(name, row[name], row["step"])
-    if row["val_psnr"] is not None and not sys.stderr.isatty():
+    if row["val_score"] is not None and not sys.stderr.isatty():
+        psnr = "" if row["psnr"] is None else f"PSNR {row['psnr']:.2f} dB, "
         print(
             f"outer step {row['step']} of {config.iterations}: loss {row['loss']:.5f}, "
-            f"PSNR {row['psnr']:.2f} dB, validation {row['val_psnr']:.2f} dB",
+            f"{psnr}validation {row['val_score']:.2f} dB",
             flush=True,
         )
 
@@ -509,7 +578,9 @@ def _bar(config: Config, feed: Iterator, run: _Run) -> Iterator:
             yield item
             if run.rows:
                 row = run.rows[-1]
-                shown = {"loss": f"{row['loss']:.4f}", "PSNR": f"{row['psnr']:.2f} dB"}
+                shown = {"loss": f"{row['loss']:.4f}"}
+                if row["psnr"] is not None:
+                    shown["PSNR"] = f"{row['psnr']:.2f} dB"
                 if run.best > -math.inf:
                     shown["best val"] = f"{run.best:.2f} dB"
                 bar.set_postfix(shown, refresh=False)

@@ -1,9 +1,10 @@
-"""Pictures: learning curves and strips of reconstructions. Matplotlib is imported to draw one."""
+"""Pictures and videos. Matplotlib is imported to draw one."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .checkpoint import atomic_write
-from .meta.evaluate import psnr
 
 
 def save_png(path: str | os.PathLike, image: Tensor) -> None:
@@ -34,25 +34,39 @@ def save_png(path: str | os.PathLike, image: Tensor) -> None:
     atomic_write(path, lambda beside: picture.save(beside, format="PNG"))
 
 
-def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -> None:
-    """PSNR over inner steps: the mean of each start, its standard error as a band.
+def learning_curves(
+    path: Path,
+    curves: dict[str, Tensor],
+    *,
+    x: Sequence[float] | None = None,
+    across: str = "gradient steps",
+    up: str = "PSNR [dB]",
+    title: str = "",
+) -> None:
+    """Scores over steps (or angles, views): the mean of each start, its standard error as a band.
 
     Args:
         path: a .png.
-        curves: name -> PSNR [n,K+1] in dB.
+        curves: name -> scores [n,m] in dB.
+        x: where the m columns lie; None: 0..m-1. From 20 on the axis is logarithmic beyond 1.
+        across, up: names of the axes.
     """
     figure = _figure(7.2, 4.0)
     axes = figure.subplots()
     for name, values in curves.items():
-        mean = values.double().mean(0)  # [K+1]
+        mean = values.double().mean(0)  # [m]
         error = values.double().std(0, correction=min(1, len(values) - 1)) / math.sqrt(len(values))
-        steps = list(range(len(mean)))
+        steps = list(range(len(mean))) if x is None else list(x)
         (line,) = axes.plot(steps, mean.tolist(), marker="o", markersize=3, label=name)
         low, high = (mean - error).tolist(), (mean + error).tolist()
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set_xlabel("gradient steps")
-    axes.set_ylabel("PSNR [dB]")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    if x is not None and max(x) >= 20:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks(list(x), [f"{value:g}" for value in x])
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # over no curve
     axes.set_title(title)
@@ -61,23 +75,29 @@ def learning_curves(path: Path, curves: dict[str, Tensor], *, title: str = "") -
 
 
 def strip(
-    path: Path, target: Tensor, rows: dict[str, Tensor], steps: list[int], *, least: int = 96
+    path: Path,
+    targets: Sequence[Tensor],
+    rows: dict[str, list[list[tuple[Tensor, str]]]],
+    heads: Sequence[str],
+    *,
+    least: int = 96,
 ) -> None:
-    """A block per image: the target, beside it a row per start: its reconstructions and their PSNR.
+    """A block per task: its picture, beside it a row per start: what it shows, and a caption.
 
     Args:
         path: a .png.
-        target: [m,H,W,C] in [0,1].
-        rows: start -> reconstructions [K+1,m,H,W,C]; shown clipped to [0,1].
-        steps: which of the K+1 to show.
-        least: smaller images are enlarged by a whole factor to about this height (nearest pixel).
+        targets: m pictures [H,W,C] in [0,1].
+        rows: start -> for each task, for each head, (picture, caption); shown clipped to [0,1].
+        heads: what stands above the columns.
+        least: smaller pictures are enlarged by a whole factor to about this height (nearest pixel).
     """
-    count, H, W, _ = target.shape
+    count = len(targets)
+    H, W, _ = targets[0].shape
     unit = max(1, round(least / H))
     across, down = max(W * unit, 72) + 6, H * unit + 18  # pixels from cell to cell; captions fit
     label, head, apart = 78, 24, 12
     block = down * len(rows) + apart
-    width, height = across * (len(steps) + 1) + label + 6, head + block * count
+    width, height = across * (len(heads) + 1) + label + 6, head + block * count
     figure = _figure(width / 100, height / 100)
 
     def show(image: Tensor, left: float, top: float, caption: str) -> None:
@@ -92,19 +112,57 @@ def strip(
         where = {"ha": "center", "va": "center", **where}
         figure.text(x / width, 1 - y / height, words, fontsize=size, **where)
 
-    for cell, name in enumerate(["target", *[f"step {k}" for k in steps]]):
+    for cell, name in enumerate(["target", *heads]):
         write(6 + cell * across + (label if cell else 0) + W * unit / 2, head / 2, name)
-    for image in range(count):
-        top = head + block * image
-        show(target[image], 6, top + (block - apart - down) / 2, "")
-        for number, (name, out) in enumerate(rows.items()):
+    for task in range(count):
+        top = head + block * task
+        show(targets[task], 6, top + (block - apart - down) / 2, "")
+        for number, (name, cells) in enumerate(rows.items()):
             y = top + down * number
             write(across + label, y + H * unit / 2, name, ha="right")
-            for cell, k in enumerate(steps):
-                reached = float(psnr(out[k, image].flatten(0, 1), target[image].flatten(0, 1)))
-                left = 6 + (cell + 1) * across + label
-                show(out[k, image], left, y, f"{reached:.1f} dB")
+            for cell, (shown, caption) in enumerate(cells[task]):
+                show(shown, 6 + (cell + 1) * across + label, y, caption)
     atomic_write(path, lambda beside: figure.savefig(beside, format="png", dpi=100))
+
+
+def save_video(path: str | os.PathLike, frames: Sequence[Tensor], fps: float = 24.0) -> None:
+    """Frames [H,W,3] in [0,1] as a .gif, or an .mp4 (H.264, sides made even by a white edge).
+
+    Raises:
+        ValueError: no frame, or another ending. ImportError: an .mp4 without imageio-ffmpeg.
+        OSError: it could not be written.
+    """
+    import imageio.v3 as imageio
+    import numpy as np
+
+    ending = os.path.splitext(path)[1].lower()
+    if not len(frames) or ending not in (".gif", ".mp4") or not fps > 0:
+        came = f"{len(frames)} frames, {path}, {fps} frames a second"
+        raise ValueError(f"save_video: {came}; accepted are frames, .gif or .mp4, fps above 0")
+    pixels = np.stack([(_rgb(f) * 255).round().astype(np.uint8) for f in frames])
+    if ending == ".gif":
+        options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0, "extension": ".gif"}
+    else:
+        try:
+            import imageio_ffmpeg  # type: ignore[import-not-found]  # noqa: F401
+        except ImportError:
+            need = "imageio-ffmpeg, pip install imageio-ffmpeg"
+            raise ImportError(f"save_video: an .mp4 needs {need}; a .gif does not") from None
+        H, W = pixels.shape[1:3]
+        pixels = np.pad(pixels, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), constant_values=255)
+        options = {"fps": fps, "extension": ".mp4", "macro_block_size": 1, "output_params": []}
+    encoded = imageio.imwrite("<bytes>", pixels, **options)
+    atomic_write(path, lambda beside: beside.write_bytes(encoded))
+
+
+def depth_picture(depth: Tensor, acc: Tensor, near: float, far: float) -> Tensor:
+    """[H,W,3]: near is dark, far is light (viridis), white where nothing is (opacity)."""
+    from matplotlib import colormaps
+
+    place = ((depth / acc.clamp(min=1e-6) - near) / (far - near)).clamp(0, 1)
+    colour = torch.from_numpy(colormaps["viridis"](place.cpu().numpy())[..., :3]).float()
+    a = acc.cpu()[..., None].clamp(0, 1)
+    return colour * a + (1 - a)
 
 
 def _rgb(image: Tensor) -> Any:

@@ -1,43 +1,36 @@
-"""How good a start is: PSNR and SSIM of held-out images after 0..K inner steps."""
+"""How good a start is: scores of held-out tasks after so many inner steps, in dB; its best rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..ops.adapt import adapt
+from ..batch import Batch, March, Rays
+from ..ops.adapt import Adapted, adapt
 from ..ops.mlp import mlp
+from ..ops.project import project
+from ..ops.render import render
 from ..rules import Rule
 from ..spec import MLP
+from .eikonal import adapt_eikonal
 
-# What a start may be fitted with: where ``tune`` begins, the paper's rate in the middle.
-GRID: dict[str, tuple[float, ...]] = {
-    "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-}
+METRICS = ("psnr", "mae")
+_SAMPLES = 2**20  # along rays, in flight when a batch is predicted
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Initial weights [P] and how they are fitted at test time."""
+    """Initial weights [P] and how they are fitted at test time; eikonal: weight of that term."""
 
     init: Tensor
     lr: float | Tensor
     rule: str | Rule = "sgd"
-
-
-class Scores(NamedTuple):
-    """psnr [n,K+1] in dB, ssim [n,K+1], reconstructions [K+1,m,H,W,C] of the first m images."""
-
-    psnr: Tensor
-    ssim: Tensor
-    pictures: Tensor
+    eikonal: float = 0.0
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -64,118 +57,132 @@ def ssim(a: Tensor, b: Tensor) -> float:
     )
 
 
-def curve(
-    net: MLP,
-    start: Start,
-    batch: Batch,
-    steps: int,
-    *,
-    impl: str | None = None,
-    precision: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(PSNR [T,K+1] on the query set, predictions there [K+1,T,N,C]) after 0..K inner steps.
-
-    The inner steps see the support set; the query set is the same where the batch has none. Points
-    beyond ``counts`` are not scored, and the predictions there mean nothing.
-    """
-    how: dict[str, Any] = {"impl": impl, "precision": precision}
-    kept = adapt(net, start.init, batch, steps, start.lr, rule=start.rule, keep=True, **how)
-    assert kept.trajectory is not None
-    scored = batch if batch.query is None else batch.query
-    assert isinstance(scored.x, Tensor)
-    y, counts = scored.y, scored.counts
-    out = torch.stack(
-        [mlp(net, theta, scored.x, **how) for theta in kept.trajectory]
-    )  # [K+1,T,N,C]
-    if counts is None:
-        return psnr(out, y).T, out
-    valid = (torch.arange(scored.points, device=y.device) < counts[:, None])[..., None]  # [T,N,1]
-    error = torch.where(valid, (out - y) ** 2, 0).sum((-2, -1)) / (counts * y.shape[-1])  # [K+1,T]
-    return -10 * torch.log10(error).T, out
+def fitted(
+    net: MLP, start: Start, batch: Batch, steps: int, *, keep: bool = False, **how: Any
+) -> Adapted:
+    """The inner loop from a start on every task of a batch, with its eikonal term where it has
+    one."""
+    options: dict[str, Any] = {"rule": start.rule, "keep": keep, **how}
+    if not start.eikonal:
+        return adapt(net, start.init, batch, steps, start.lr, **options)
+    return adapt_eikonal(net, start.init, batch, steps, start.lr, start.eikonal, **options)
 
 
-def evaluate(
-    net: MLP,
-    start: Start,
-    batch: Batch,
-    size: tuple[int, int],
-    steps: int,
-    *,
-    pictures: int = 0,
-    chunk: int = 8,
-    impl: str | None = None,
-    precision: str | None = None,
-) -> Scores:
-    """PSNR and SSIM of every image of a batch after 0..K inner steps.
+def predicted(net: MLP, params: Tensor, batch: Batch, **how: Any) -> Tensor:
+    """``measure(mlp(params, x))`` of networks [T,P] (or [P]) in the shape of ``batch.y``: all
+    points, no jitter; colours of rays clipped to [0,1]."""
+    x, measure = batch.x, batch.measure
+    if isinstance(measure, March):
+        assert isinstance(x, Rays)
+        return _marched(net, params, x, measure, **how)
+    assert isinstance(x, Tensor)
+    y = mlp(net, params, x, **how)  # [T,N,C]
+    y = y.expand(batch.tasks, *y.shape[-2:])
+    if measure is None:
+        return y
+    W = batch.y.shape[-1]
+    return project(y.reshape(batch.tasks, W, W), measure.angles, **how)
+
+
+def _marched(net: MLP, params: Tensor, rays: Rays, march: March, **how: Any) -> Tensor:
+    T, R, _ = rays.origins.shape
+    many = max(1, _SAMPLES // (T * march.samples))
+    parts = []
+    for at in range(0, R, many):
+        span = slice(at, at + many)
+        part = Rays(rays.origins[:, span], rays.directions[:, span], rays.near, rays.far)
+        parts.append(render(net, params, part, march, **how)[0])
+    return torch.cat(parts, 1).clamp(0, 1)  # [T,R,3]
+
+
+def score(prediction: Tensor, batch: Batch, metric: str = "psnr") -> Tensor:
+    """[T] in dB over the valid points: psnr ``−10 log10 mean(e²)``, mae ``−20 log10 mean|e|``.
 
     Args:
-        net, start: the network and the start it is given.
-        batch: T whole images as tasks, points in row-major order of pixels.
-        size: (H, W).
-        steps: K.
-        pictures: how many images' reconstructions to keep.
-        chunk: tasks in flight, which bounds the memory (K+1)·chunk·P.
-
-    Source: Tancik et al. 2021, section 4.1 and figure 3.
+        prediction: [T,N,C], as ``predicted``.
     """
-    quality, similarity, kept = [], [], []
-    for first in range(0, batch.tasks, chunk):
-        part = batch.take(slice(first, first + chunk))
-        scores, out = curve(net, start, part, steps, impl=impl, precision=precision)
-        quality.append(scores)
-        images, truth = out.unflatten(2, size), part.y.unflatten(1, size)
-        similarity.append(
-            [[ssim(image[t], truth[t]) for image in images] for t in range(part.tasks)]
-        )
-        kept.append(images[:, : max(0, pictures - first)])
-    return Scores(
-        torch.cat(quality).cpu(),
-        torch.tensor([row for rows in similarity for row in rows]),
-        torch.cat(kept, 1).cpu(),
-    )
+    if metric not in METRICS:
+        raise ValueError(f"score: metric is {metric!r}; accepted are {', '.join(METRICS)}")
+    power = 2 if metric == "psnr" else 1
+    error = (prediction - batch.y).abs() ** power  # [T,N,C]
+    if batch.counts is None:
+        mean = error.mean((1, 2))
+    else:
+        place = torch.arange(batch.points, device=error.device)
+        valid = (place < batch.counts[:, None])[..., None]  # [T,N,1]
+        mean = torch.where(valid, error, 0).sum((1, 2)) / (batch.counts * error.shape[-1])
+    return -20 / power * torch.log10(mean)
+
+
+def reached(
+    net: MLP, start: Start, batch: Batch, steps: Sequence[int], metric: str = "psnr", **how: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """(scores [T,len(steps)] in dB on the query set, weights [T,P] for each) after these numbers of
+    inner steps.
+
+    The inner steps see the support set; the query set is the same where the batch has none. One
+    number of steps keeps no trajectory; several keep one, (K+1)·T·P numbers.
+    """
+    scored = batch if batch.query is None else batch.query
+    ended = fitted(net, start, batch, max(steps), keep=len(steps) > 1, **how)
+    thetas = [ended.params if k == max(steps) else ended.trajectory[k] for k in steps]  # type: ignore[index]
+    scores = [score(predicted(net, theta, scored, **how), scored, metric) for theta in thetas]
+    return torch.stack(scores, 1), thetas
 
 
 class Tuned(NamedTuple):
     """The best way found to fit a start; inside: no end of the rates tried with its rule."""
 
     start: Start
-    psnr: float
+    score: float
     inside: bool
+
+
+def rates(lr: float) -> dict[str, tuple[float, ...]]:
+    """What a start may be fitted with, where ``tune`` begins: SGD about a rate, Adam about 1e-3."""
+    return {
+        "sgd": tuple(lr * f for f in (0.1, 0.3, 1.0, 3.0, 10.0)),
+        "adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    }
 
 
 def tune(
     net: MLP,
     init: Tensor,
-    batch: Batch,
+    batches: Batch | Sequence[Batch],
     steps: int,
     *,
-    grid: dict[str, tuple[float, ...]] = GRID,
+    grid: dict[str, tuple[float, ...]] | None = None,
     beyond: int = 3,
+    metric: str = "psnr",
+    eikonal: float = 0.0,
     impl: str | None = None,
     precision: str | None = None,
 ) -> Tuned:
-    """The rule and rate with the best mean PSNR after K steps on a batch of training tasks.
+    """The rule and rate with the best mean score after K steps on batches of training tasks.
 
     A baseline is given its best, so that a comparison with it means something: where the best rate
-    of a rule lies at an end of the grid, up to ``beyond`` more are tried there, each 3 times
-    further. A fit that diverges counts as the worst.
+    of a rule lies at an end of the grid (None: ``rates(1e-2)``), up to ``beyond`` more are tried
+    there, each 3 times further. A fit that diverges counts as the worst.
 
     Raises:
         ValueError: every rate diverged.
     """
     best = Tuned(Start(init, 0.0), -math.inf, False)
-    for rule, rates in grid.items():
+    batches = [batches] if isinstance(batches, Batch) else batches
+    how: dict[str, Any] = {"impl": impl, "precision": precision}
+    for rule, tried in (rates(1e-2) if grid is None else grid).items():
 
-        def score(lr: float, rule: str = rule) -> float:
-            start = Start(init, lr, rule)
-            reached, _ = curve(net, start, batch, steps, impl=impl, precision=precision)
-            mean = float(reached[:, -1].mean())
+        def mean_score(lr: float, rule: str = rule) -> float:
+            start = Start(init, lr, rule, eikonal)
+            scores = [reached(net, start, batch, [steps], metric, **how)[0] for batch in batches]
+            mean = float(torch.cat(scores).mean())
             return -math.inf if math.isnan(mean) else mean
 
-        lr, reached, inside = _best_rate(score, rates, beyond)
-        if reached > best.psnr:
-            best = Tuned(Start(init, lr, rule), reached, inside)
-    if best.psnr == -math.inf:
+        lr, found, inside = _best_rate(mean_score, tried, beyond)
+        if found > best.score:
+            best = Tuned(Start(init, lr, rule, eikonal), found, inside)
+    if best.score == -math.inf:
         raise ValueError("tune: every rate diverged; accepted is a grid with one that does not")
     return best
 

@@ -93,6 +93,9 @@ class ImageSet:
         return replace(self, names=tuple(self.names[i] for i in chosen), rows=rows)
 
 
+Splits = tuple[ImageSet, ImageSet, ImageSet]
+
+
 def open_images(
     source: Any,
     *,

@@ -7,38 +7,105 @@ Source: Tancik et al. 2021.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import rng
 from ..batch import Batch
+from ..ops.mlp import mlp
 from ..spec import COORDS, MLP
-from .files import ImageSet, open_images, size_pair
-from .sets import feed, folders_or_split, split
-
-__all__ = [
-    "MASKS",
-    "Splits",
-    "batches",
-    "grid",
-    "image_batch",
-    "mask",
-    "open_images",
-    "open_splits",
-    "split",
-    "to_pixels",
-]
+from .files import ImageSet, Splits, open_images, size_pair
+from .sets import Shape, at_least, feed, folders_or_split, not_counted, refuse_changed
+from .sets import split as split
+from .text import text_splits
 
 MASKS = ("left", "top", "center", "random:SHARE with 0 < SHARE < 1", "every:N with N >= 2")
-Splits = tuple[ImageSet, ImageSet, ImageSet]
+COUNTED, METRIC, PLANAR = None, "psnr", True
 
 
-def open_splits(
+@dataclass(frozen=True)
+class Images:
+    """Images, each a task; photographs are cropped about the centre and resized."""
+
+    size: int = 64
+    """height and width"""
+    channels: Literal[1, 3] = 3
+    """3 colour, 1 grey"""
+    validation: float = 0.1
+    """share of the images for validation (of the groups, where there is a pattern)"""
+    test: float = 0.1
+    """share held out for `fastmeta eval`"""
+    group: str | None = None
+    """regular expression with one group: names with the same match stay in one part"""
+    skip_bad: bool = False
+    """leave out files that cannot be read, naming them, instead of stopping"""
+
+    def __post_init__(self) -> None:
+        at_least("images", self, 1, "size")
+
+
+def open_splits(source: Any, options: Images, seed: int = 0) -> Splits:
+    """(train, validation, test) of a source: "text", or as ``image_splits``.
+
+    Raises:
+        ValueError, OSError: as ``image_splits``; options that "text" leaves without effect.
+    """
+    if source != "text":
+        wanted = {f: getattr(options, f) for f in ("validation", "test", "group", "channels")}
+        return image_splits(source, size=options.size, seed=seed, **wanted)
+    refuse_changed(options, "data text", "validation", "test", "group", "channels")
+    return text_splits(options.size, seed=seed)
+
+
+def open_all(source: Any, options: Images) -> ImageSet:
+    """Every image of a source, unsplit."""
+    return open_images(source, size=options.size, channels=options.channels)
+
+
+def shape(options: Images) -> Shape:
+    """Two coordinates of the unit square, C colours in [0,1]."""
+    return Shape(2, options.channels, "unit", True)
+
+
+def learn(
+    items: Sequence[Tensor], options: Images, net: MLP, seeds: Tensor, per_step: int | None
+) -> Batch:
+    """Whole images [H,W,C] as a batch, ``image_batch``."""
+    seed = None if per_step is None else seeds
+    return image_batch(torch.stack(list(items)), net, seed=seed, per_step=per_step)
+
+
+def observe(
+    items: Sequence[Tensor],
+    options: Images,
+    net: MLP,
+    seeds: Tensor,
+    count: int | None = None,
+    per_step: int | None = None,
+) -> Batch:
+    """The same: an image is seen, and scored, as a whole."""
+    not_counted("images", count)
+    return learn(items, options, net, seeds, per_step)
+
+
+def truth(item: Tensor, options: Images) -> Tensor:
+    """The image itself [H,W,C]."""
+    return item
+
+
+def picture(net: MLP, params: Tensor, item: Tensor, options: Images, **how: Any) -> Tensor:
+    """What a network [P] shows on the image's grid, [H,W,C]; not clipped."""
+    size = (item.shape[0], item.shape[1])
+    return to_pixels(mlp(net, params, grid(*size, net.coords).to(params), **how), size)
+
+
+def image_splits(
     source: Any,
     *,
     size: int | tuple[int, int] | None = 64,

@@ -12,7 +12,8 @@ read, what a task sees of it) and these names, which training, fitting and evalu
   unseen rest, or the whole truth, as its query;
 * ``picture(net, params, item, options, **how)`` and ``truth(item, options)``: images [H,W,C] in
   [0,1] of a fitted network [P] and of what it should show;
-* ``COUNTED``: "angles", "views" or None; ``METRIC``: "psnr" or "mae", how predictions are scored.
+* ``COUNTED``: "angles", "views" or None; ``METRIC``: "psnr" or "mae", how predictions are scored;
+  ``PLANAR``: the picture is the signal itself, an image, so that SSIM means something.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -86,6 +88,51 @@ class TaskSet:
         chosen = [range(len(self))[int(i)] for i in indices]
         rows = chosen if self.rows is None else [self.rows[i] for i in chosen]
         return replace(self, names=tuple(self.names[i] for i in chosen), rows=rows)
+
+
+def at_least(where: str, options: object, least: int, *names: str) -> None:
+    """Raise unless each of these options is None or an integer in [least, 2⁶²)."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not (isinstance(value, int) and least <= value < 2**62):
+            raise ValueError(f"{where}: {name} is {value!r}; accepted is an integer >= {least}")
+
+
+def refuse_changed(options: Any, chosen: str, *names: str) -> None:
+    """Raise where one of these options, which have no effect with what was chosen, was given."""
+    standing = {f.name: f.default for f in fields(options)}
+    for name in names:
+        if getattr(options, name) != standing[name]:
+            came = f"{name} is {getattr(options, name)!r} with {chosen}"
+            raise ValueError(f"{came}, where it has no effect; accepted is without")
+
+
+def not_counted(kind: str, count: int | None) -> None:
+    """Raise where angles or views were asked for of a kind of signal that has none."""
+    if count is not None:
+        raise ValueError(f"{kind}: count is {count}; accepted is none, nothing is counted here")
+
+
+def readable(tasks: _Set) -> _Set:
+    """The tasks that can be read; a warning names the others.
+
+    Every item is read once, in threads.
+    """
+
+    def fault(index: int) -> str | None:
+        try:
+            tasks[index]
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(2, "fastmeta-check") as pool:
+        faults = list(pool.map(fault, range(len(tasks))))
+    bad = [what for what in faults if what is not None]
+    if bad:
+        shown = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        warnings.warn(f"{len(bad)} of {len(faults)} left out: {shown}", stacklevel=2)
+    return tasks.take(i for i, what in enumerate(faults) if what is None)
 
 
 def split(

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from .. import rng
-from .files import ImageSet, Memory, size_pair
-from .images import Splits
+from .files import ImageSet, Memory, Splits, size_pair
 
 FACES = (
     "DejaVuSans",

@@ -1,0 +1,287 @@
+"""``fastmeta fit``: the inner loop from a learned start on new signals, and what it made of it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import rng
+from ..batch import Batch
+from ..checkpoint import save_tensors, spec_to_json
+from ..meta.evaluate import fitted, predicted, score
+from ..ops.adapt import loss_grad
+from ..tasks import images as pictures
+from ..tasks import module
+from ..tasks.sets import at_least, readable
+from ..train import make_folder, place
+from . import show
+from .start import Learned, open_start, resized
+from .write import write_csv
+
+_SHOWN = (0, 1, 2, 3, 4, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)  # steps in scores
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fit signals from a learned start; writes the fitted weights, what they show, and scores."""
+
+    run: str
+    """a run's folder, a .safetensors, the authors' .pkl or .npz, or a start that comes along; may
+    come first, without --run"""
+    data: str
+    """what to fit: a file or a folder, as for training"""
+    out: Path = Path("fits")
+    """folder of the results"""
+    steps: int | None = None
+    """gradient steps; none: as many as at the test of the run"""
+    lr: float | None = None
+    """rate of the steps; none: as in training"""
+    rule: Literal["sgd", "momentum", "adam"] | None = None
+    """rule of the steps; none: as in training"""
+    count: int | None = None
+    """angles or views that are seen; none: the first of the run's test_counts"""
+    per_step: int | None = None
+    """points or rays drawn at each step; none: as at the test of the run"""
+    names: tuple[str, ...] = ()
+    """only these; none: all"""
+    size: int | Literal["native"] | None = None
+    """height and width of images; native: each as it is; none: as in training"""
+    mask: str | None = None
+    """what is seen of each image: left, top, center, random:SHARE, every:N; the rest is scored"""
+    skip_bad: bool = False
+    """leave out what cannot be read, naming it, instead of stopping"""
+    seed: int = 0
+    """of masks, angles, views and draws"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
+    threads: int | None = None
+    """of torch; none: its own default"""
+    impl: Literal["reference", "cpu", "triton", "cuda"] | None = None
+    """worker; none: the fastest that accepts the case"""
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] | None = None
+    """arithmetic of the hidden layers"""
+
+
+def fit(options: Fit) -> Path:
+    """Run the inner loop from a learned start on every task; returns the folder with the results.
+
+    ``fits.safetensors`` holds the weights [n,P] with the network's specification, the names and
+    what ``fastmeta render`` needs to know; ``scores.csv`` the score of each before steps and after
+    the last; and each has a file of what its network shows (a picture, a mesh, a waveform).
+
+    Raises:
+        ValueError, OSError: a start, data or options that do not fit. FloatingPointError: a fit
+            diverged.
+    """
+    at_least("fit", options, 0, "steps", "seed")
+    at_least("fit", options, 1, "count", "per_step")
+    where = place(options.device, options.threads)
+    learned = open_start(options.run, where, lr=options.lr, rule=options.rule)
+    _check_kind(options, learned)
+    _keep_apart(options)
+    net, config, kind = learned.net, learned.config, module(learned.kind)
+    trained = config.inner_steps if config.test_steps is None else config.test_steps
+    steps = trained if options.steps is None else options.steps
+    how: dict[str, Any] = {"impl": options.impl, "precision": options.precision}
+    rows: list[dict] = []
+    weights: list[Tensor] = []
+    described: list[dict] = []
+    taken = set[str]()
+    for names, items, signal in _chunks(options, learned):
+        batch = _batch(options, learned, items, signal, len(rows)).to(where)
+        ended = fitted(net, learned.start, batch, steps, **how)
+        make_folder(options.out)
+        scores = _scores(net, ended.params, ended.losses, batch, kind.METRIC, how)
+        for t, name in enumerate(names):
+            if not math.isfinite(scores[t]["last"]) or not bool(ended.params[t].isfinite().all()):
+                came = f"fit: {name} diverged within {steps} steps"
+                raise FloatingPointError(f"{came}; a smaller --lr may help")
+            stem = _stem(name, taken)
+            made = show.export(
+                learned.kind, options.out / stem, net, ended.params[t], items[t], signal, how
+            )
+            row = {"name": name, "picture": made.name} | scores[t]
+            del row["last"]
+            rows.append(row)
+            described.append(show.describe(learned.kind, items[t], signal))
+        weights.append(ended.params.cpu())
+    spec, tensors = spec_to_json(net)
+    tensors["params"] = torch.cat(weights)
+    listed = {key: [row[key] for row in rows] for key in ("name", "picture")}
+    signal_json = {"kind": learned.kind, **dataclasses.asdict(config.signal)}
+    meta = {"kind": "fits", "net": spec, "signal": signal_json, "tasks": described, **listed}
+    save_tensors(options.out / show.FITS, tensors, meta)
+    write_csv(options.out / "scores.csv", rows)
+    return options.out
+
+
+def summary(out: Path) -> str:
+    """One line on what ``fit`` left in a folder: mean score before the first step and at the end."""
+    with open(out / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    means = {
+        k: sum(float(row[k]) for row in rows) / len(rows)
+        for k in rows[0]
+        if re.fullmatch(r"(psnr|loss)_\d+|(psnr|mae)_unseen", k)
+    }
+    steps = max(int(k.split("_")[1]) for k in means if not k.endswith("unseen"))
+    kind = next(iter(means)).split("_")[0]
+    say = "mean PSNR {:.2f} dB" if kind == "psnr" else "mean loss {:.5f}"
+    line = f"{len(rows)} tasks, {say.format(means[f'{kind}_0'])} at the start"
+    if steps:
+        after = say.removeprefix("mean PSNR ").removeprefix("mean loss ")
+        line += f", {after.format(means[f'{kind}_{steps}'])} after {steps} steps"
+    if "psnr_unseen" in means:
+        return f"{line}, {means['psnr_unseen']:.2f} dB where nothing was seen"
+    if "mae_unseen" in means:
+        return f"{line}, mean absolute error {means['mae_unseen']:.5f} on other points"
+    return line
+
+
+def _check_kind(options: Fit, learned: Learned) -> None:
+    """Options that the kind of signal leaves without effect."""
+    counted = module(learned.kind).COUNTED
+    if options.count is not None and counted is None:
+        came = f"fit: count is {options.count} with {learned.kind}"
+        raise ValueError(f"{came}, where nothing is counted; accepted is without")
+    for name in ("mask", "size"):
+        value = getattr(options, name)
+        allowed = learned.kind == "images" or (name == "size" and isinstance(value, int))
+        if value is not None and not allowed:
+            came = f"fit: {name} is {value!r} with {learned.kind}"
+            raise ValueError(f"{came}, where it has no effect; accepted is without")
+
+
+def _keep_apart(options: Fit) -> None:
+    """Refuse to write results where the data lies: one could replace the other."""
+    source, out = Path(options.data).resolve(), options.out.resolve()
+    inside = out.is_relative_to(source) if source.is_dir() else out == source.parent
+    if inside and source.exists():
+        came = f"fit: --out {options.out} lies where the images of --data are"
+        raise ValueError(f"{came}; accepted is a folder apart from them")
+
+
+def _chunks(options: Fit, learned: Learned) -> Iterator[tuple[list[str], list[Any], Any]]:
+    """(names, items, the signal's options): of images two million pixels and 128 MiB of weights at
+    a time, at most; images of native size, and all else, one by one."""
+    signal, source = learned.config.signal, Path(options.data)
+    size = options.size
+    if learned.kind == "images" and not learned.known and size is None and not _authors(options):
+        size = "native"
+    if size == "native":
+        yield from _native(source, signal, options)
+        return
+    if size is not None:
+        signal = resized(learned, size)
+    tasks = module(learned.kind).open_all(options.data, signal)
+    tasks = readable(tasks) if options.skip_bad else tasks
+    tasks = tasks.take(_named(options, tasks.names))
+    many = 1
+    if learned.kind == "images":
+        many = max(1, min(2**21 // signal.size**2, 2**25 // learned.net.num_params))
+    for at in range(0, len(tasks), many):
+        index = range(at, min(at + many, len(tasks)))
+        yield [tasks.names[i] for i in index], [tasks[i] for i in index], signal
+
+
+def _authors(options: Fit) -> bool:
+    return Path(options.run).suffix in (".pkl", ".npz")
+
+
+def _native(source: Path, signal: Any, options: Fit) -> Iterator[tuple[list[str], list[Any], Any]]:
+    names: tuple[str | None, ...] = (None,)
+    if source.is_dir():
+        found = pictures.open_images(source, channels=signal.channels)
+        found = readable(found) if options.skip_bad else found
+        names = found.take(_named(options, found.names)).names
+    for name in names:
+        path = source if name is None else source / name
+        images = pictures.open_images(path, size=None, channels=signal.channels)
+        for i in range(len(images)):
+            yield [images.names[i] if name is None else name], [images[i]], signal
+
+
+def _named(options: Fit, names: tuple[str, ...]) -> list[int]:
+    """Places of the names asked for."""
+    missing = [name for name in options.names if name not in names]
+    if missing:
+        some = ", ".join(names[:5])
+        raise ValueError(
+            f"fit: names has {missing[0]}; accepted are names in the data: {some}, ..."
+        )
+    chosen = [i for i, name in enumerate(names) if not options.names or name in options.names]
+    if not chosen:
+        raise ValueError(f"fit: {options.data} holds nothing to fit; accepted is at least one task")
+    return chosen
+
+
+def _batch(options: Fit, learned: Learned, items: list[Any], signal: Any, at: int) -> Batch:
+    """Tasks number at, at + 1, ... as they are seen; each by its number, whatever the chunks."""
+    config, net, T = learned.config, learned.net, len(items)
+    if options.mask is not None:
+        H, W, _ = items[0].shape
+        seeds = range(options.seed + at, options.seed + at + T)
+        seen = torch.cat([pictures.mask(options.mask, H, W, 1, seed) for seed in seeds])
+        return pictures.image_batch(torch.stack(items), net, seen=seen)
+    per_step = config.per_step if config.test_per_step is None else config.test_per_step
+    per_step = per_step if options.per_step is None else options.per_step
+    count = config.test_counts[0] if config.test_counts else None
+    count = count if options.count is None else options.count
+    seeds_ = torch.cat([rng.task_seeds(options.seed, at + t, 1) for t in range(T)])
+    return module(learned.kind).observe(items, signal, net, seeds_, count=count, per_step=per_step)
+
+
+def _scores(
+    net: Any, params: Tensor, losses: Tensor, batch: Batch, metric: str, how: dict
+) -> list[dict[str, float]]:
+    """For each task: loss (as PSNR where it is a square) on what was seen, before some of the steps
+    and after the last, and the score of the query where it is another set."""
+    steps = len(losses)
+    last = loss_grad(net, params, batch, step=steps, **how)[0]
+    at = [k for k in _SHOWN if k < steps] + [steps]
+    values = torch.cat([losses, last[None]])[at].double().cpu()  # [len(at),T]
+    name = "psnr" if batch.loss_parts[0] == "mse" else "loss"
+    rows = []
+    unseen = None
+    if batch.query is not None:
+        unseen = score(predicted(net, params, batch.query, **how), batch.query, metric)
+    for t in range(batch.tasks):
+        numbers = values[:, t].tolist()
+        row = {
+            f"{name}_{k}": _decibels(v) if name == "psnr" else round(v, 8)
+            for k, v in zip(at, numbers, strict=True)
+        }
+        if unseen is not None:
+            s = float(unseen[t])
+            row |= (
+                {"psnr_unseen": round(s, 3)}
+                if metric == "psnr"
+                else {"mae_unseen": round(10 ** (-s / 20), 8)}
+            )
+        rows.append({**row, "last": numbers[-1]})
+    return rows
+
+
+def _decibels(mse: float) -> float:
+    return round(-10 * math.log10(max(mse, 1e-30)), 3) if math.isfinite(mse) else mse
+
+
+def _stem(name: str, taken: set[str]) -> str:
+    """A file's name without ending, folders flattened; a number is added where another task has
+    that name already."""
+    stem = re.sub(r"[/\\:\0]", "_", os.path.splitext(name)[0])
+    tries = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+    free = next(t for t in tries if t.casefold() not in taken)
+    taken.add(free.casefold())
+    return free
