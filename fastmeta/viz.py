@@ -144,7 +144,7 @@ def save_video(path: str | os.PathLike, frames: Sequence[Tensor], fps: float = 2
         options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0, "extension": ".gif"}
     else:
         try:
-            import imageio_ffmpeg  # type: ignore[import-not-found]  # noqa: F401
+            import imageio_ffmpeg  # noqa: F401
         except ImportError:
             need = "imageio-ffmpeg, pip install imageio-ffmpeg"
             raise ImportError(f"save_video: an .mp4 needs {need}; a .gif does not") from None

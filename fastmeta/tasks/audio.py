@@ -152,8 +152,8 @@ def _fitting(sound: _Sound, options: Audio) -> _Sound:
         came = f"{sound.name} has {sound.channels} channels"
         raise ValueError(f"audio: {came}; accepted for stereo are 1 and 2")
     if sound.rate is None and options.rate is not None:
-        came = f"rate is {options.rate}, and {sound.name} does not say what its own is"
-        raise ValueError(f"audio: {came}; accepted for arrays is none")
+        came = f"rate is {options.rate}, and an array does not say what its own is"
+        raise ValueError(f"audio: {came}; accepted for arrays is None")
     if _count(sound, options) == 0:
         came = f"{sound.name} has {_length(sound, options)} samples"
         raise ValueError(f"audio: {came}; accepted is a window, {options.length}, and more")
@@ -262,7 +262,7 @@ def _read(sound: _Sound, start: int, options: Audio) -> Tensor:
     if up == down:
         samples = _mixed(sound, start, start + N, options)
     else:
-        from scipy.signal import resample_poly  # type: ignore[import-untyped]
+        from scipy.signal import resample_poly
 
         # The filter reaches 10 max(up, down) steps of the upsampled signal; a start at a multiple
         # of ``down`` puts frame 0 of the piece on a sample of the output.

@@ -207,7 +207,7 @@ def between(first: Tensor, last: Tensor, count: int) -> Tensor:
     rotations at even speed about one axis (slerp). Raises ValueError for what is no pose."""
     if count < 2:
         raise ValueError(f"between: count is {count}; accepted is an integer >= 2")
-    from scipy.spatial.transform import Rotation, Slerp  # type: ignore[import-untyped]
+    from scipy.spatial.transform import Rotation, Slerp
 
     ends = check_poses("between", torch.stack([first, last]))
     share = np.linspace(0.0, 1.0, count)

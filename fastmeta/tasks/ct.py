@@ -9,14 +9,12 @@ Source: Tancik et al. 2021, CT notebook.
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +27,10 @@ from ..batch import Batch, Project
 from ..ops.mlp import mlp
 from ..ops.project import project
 from ..spec import MLP
-from .files import FORMATS, ImageSet, Memory, Splits, open_images
+from .dicom import from_dicom, list_dicom
+from .files import open_images
 from .images import grid, to_pixels
+from .phantoms import phantom_splits
 from .sets import Shape, TaskSet, at_least, folders_or_split, refuse_changed
 
 COUNTED, METRIC, PLANAR = "angles", "psnr", True
@@ -65,6 +65,8 @@ class CT:
     group: str | None = None
     """regular expression with one group: names with the same match, such as a patient's slices,
     stay in one part; neighbouring slices are near-copies"""
+    skip_bad: bool = False
+    """leave out files that cannot be read, naming them, instead of stopping"""
 
     def __post_init__(self) -> None:
         at_least("ct", self, 8, "size")
@@ -145,279 +147,13 @@ def _open(source: Any, options: CT) -> tuple[str, Any]:
     """(images, DICOM or scans; the set)."""
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
-        root, names = _list_dicom(path)
+        root, names = list_dicom(path)
         if names:
             window = (options.hu_low, options.hu_high)
-            return "DICOM", _from_dicom(root, names, options.size, window)
+            return "DICOM", from_dicom(root, names, options.size, window)
         if path.suffix.lower() == ".npz" and path.is_file() and _holds_scans(path):
             return "scans", open_scans(path, options.size)
     return "images", open_images(source, size=options.size, channels=1)
-
-
-# Phantoms
-
-# Value, half axes, centre, angle in degrees, in the square [-1,1)², y up. Source: Shepp & Logan
-# 1974, with the contrasts of Toft 1996 ("modified": the soft tissue can be seen).
-ELLIPSES = np.array(
-    [
-        [1.0, 0.69, 0.92, 0.0, 0.0, 0.0],
-        [-0.8, 0.6624, 0.874, 0.0, -0.0184, 0.0],
-        [-0.2, 0.11, 0.31, 0.22, 0.0, -18.0],
-        [-0.2, 0.16, 0.41, -0.22, 0.0, 18.0],
-        [0.1, 0.21, 0.25, 0.0, 0.35, 0.0],
-        [0.1, 0.046, 0.046, 0.0, 0.1, 0.0],
-        [0.1, 0.046, 0.046, 0.0, -0.1, 0.0],
-        [0.1, 0.046, 0.023, -0.08, -0.605, 0.0],
-        [0.1, 0.023, 0.023, 0.0, -0.606, 0.0],
-        [0.1, 0.023, 0.046, 0.06, -0.605, 0.0],
-    ]
-)
-# (middle, range): a draw is uniform in middle ± range.
-HEAD_TILT = (0.0, 15.0)  # degrees, of the whole head
-HEAD_SHIFT = (0.0, 0.02)  # of its centre, along each axis
-HEAD_SCALE = (0.95, 0.10)  # a factor for each axis; what lies inside is scaled too
-SKULL_INSIDE = (0.97, 0.03)  # a factor on the inner ellipse: the wall is thickened, never opened
-SKULL_VALUE = (1.0, 0.1)  # a factor on each of the first two values
-CENTRE = (0.0, 0.04)  # of the eight ellipses inside, along each axis
-AXES = (1.0, 0.2)  # a factor on each of their half axes
-ANGLE = (0.0, 20.0)  # degrees
-VALUE = (1.0, 0.5)  # a factor
-_FAR = 1 << 30  # validation starts here, test at twice this
-
-
-def phantom_images(
-    count: int, *, size: int = 64, seed: int = 0, first: int = 0, memory: int = 256 << 20
-) -> ImageSet:
-    """Random Shepp-Logan phantoms [N,N,1] in [0,1]; image i is a function of (seed, first + i,
-    size).
-
-    ``clip(Σ_e value_e · cover_e, 0, 1)`` over the ten ellipses of ``ELLIPSES``. The head as a whole
-    is tilted by ±15°, shifted by ±0.02 and scaled by 0.85 to 1.05 along each axis; the inside of
-    the skull takes 0.94 to 1 of its half axes, the first two values 0.9 to 1.1. The eight ellipses
-    inside move by ±0.04, their half axes take 0.8 to 1.2, their angles ±20°, their values 0.5 to
-    1.5. All of it lies in the unit circle, so every angle sees the whole. How the paper randomised
-    its phantoms is not published; these ranges are ours.
-
-    Antialiased, since nearest-pixel sums see steps at edges otherwise: ``cover`` is the share of a
-    pixel in the ellipse, to first order. Pixel (i,j) is a box about x = 2j/N − 1, y = 1 − 2i/N, so
-    the centre is pixel (N/2, N/2), about which ``project`` turns.
-
-    Args:
-        count: n, how many.
-        size: N, at least 8.
-        first: ranges first .. first + count − 1 that do not meet give separate sets.
-        memory: bytes of phantoms to hold.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-    whole = all(isinstance(n, int) for n in (count, size, first))
-    if not whole or min(count, first) < 0 or first + count > 2**32 or size < 8:
-        came = f"count is {count}, first {first}, size {size}"
-        raise ValueError(f"phantom_images: {came}; accepted are 0 to 2**32 - 1, size at least 8")
-    names = tuple(f"phantom-{seed}-{i}" for i in range(first, first + count))
-    read = partial(_phantom, seed=seed, first=first, size=size)
-    return ImageSet(read, names, (size, size), 1, Memory(memory))
-
-
-def phantom_splits(
-    size: int = 64, train: int = 100_000, validation: int = 200, test: int = 200, seed: int = 0
-) -> Splits:
-    """(train, validation, test) of so many phantoms; none moves when another part grows.
-
-    They are ranges of one sequence, from 0, 2³⁰ and 2³¹. Errors as ``phantom_images``.
-    """
-    counts = (train, validation, test)
-    if max(counts) > _FAR:
-        raise ValueError(f"phantom_splits: {counts} phantoms; accepted are at most 2**30 each")
-    learned, check, held_out = (
-        phantom_images(n, size=size, seed=seed, first=k * _FAR) for k, n in enumerate(counts)
-    )
-    return learned, check, held_out
-
-
-def _phantom(row: int, *, seed: int, first: int, size: int) -> np.ndarray:
-    """[N,N,1] float32 of one phantom."""
-    key = torch.tensor([((seed + 2**63) % 2**64) - 2**63])
-    draws = rng.uniform(key, 66, first + row, rng.PHANTOMS, torch.float64)[0].numpy()
-    return paint(jitter(2 * draws[:6] - 1, 2 * draws[6:].reshape(10, 6) - 1), size)[..., None]
-
-
-def jitter(head: np.ndarray, each: np.ndarray) -> np.ndarray:
-    """Ten ellipses [10,6] of draws in [-1,1]: of the head [6] (tilt, shift x, y, scale x, y,
-    inside) and of each ellipse [10,6], in the order of ``ELLIPSES``; zeros: the middles."""
-
-    def within(bounds: tuple[float, float], draw: Any) -> Any:
-        return bounds[0] + bounds[1] * draw
-
-    table = ELLIPSES.copy()
-    table[:2, 0] *= within(SKULL_VALUE, each[:2, 0])
-    table[1, 1:3] *= within(SKULL_INSIDE, head[5])
-    table[2:, 0] *= within(VALUE, each[2:, 0])
-    table[2:, 1:3] *= within(AXES, each[2:, 1:3])
-    table[2:, 3:5] += within(CENTRE, each[2:, 3:5])
-    table[2:, 5] += within(ANGLE, each[2:, 5])
-    scale = within(HEAD_SCALE, head[3:5])
-    tilt = within(HEAD_TILT, head[0])
-    cos, sin = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
-    turn = np.array([[cos, -sin], [sin, cos]])
-    table[:, 1:3] *= scale
-    table[:, 3:5] = table[:, 3:5] * scale @ turn.T + within(HEAD_SHIFT, head[1:3])
-    table[:, 5] += tilt
-    return table
-
-
-def paint(table: np.ndarray, size: int) -> np.ndarray:
-    """[N,N] float32: ``clip(Σ_e value_e · cover_e, 0, 1)`` of ellipses [n,6] as in ``ELLIPSES``.
-
-    ``cover = clip(1/2 − d N/2, 0, 1)``, d the distance to the edge to first order,
-    ``(r − 1) r / |(p/a, q/b)|`` with p, q along the axes in units of a, b, and r = |(p, q)|.
-    """
-    value, a, b, x0, y0, degrees = table.astype(np.float32).T[..., None, None]  # each [n,1,1]
-    u = (2 * np.arange(size) / size - 1).astype(np.float32)
-    x, y = u - x0, -u[:, None] - y0  # [n,1,N], [n,N,1]
-    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    p, q = (x * cos + y * sin) / a, (y * cos - x * sin) / b  # [n,N,N]
-    r = np.maximum(np.hypot(p, q), 1e-6)
-    distance = (r - 1) * r / np.maximum(np.hypot(p / a, q / b), 1e-6)
-    cover = np.clip(0.5 - distance * (size / 2), 0, 1)
-    return np.clip((value * cover).sum(0), 0, 1)
-
-
-# DICOM
-
-_TAGS = [
-    "SeriesInstanceUID",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "InstanceNumber",
-    "ImageType",
-    "Rows",
-    "NumberOfFrames",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-]
-_OTHERS = tuple(f".{name}" for name in (*FORMATS, "npy", "npz"))
-
-
-def open_dicom(
-    source: str | os.PathLike[str],
-    *,
-    size: int = 64,
-    hu_low: float = -1000.0,
-    hu_high: float = 1000.0,
-) -> ImageSet:
-    """DICOM files, one slice each, as images [N,N,1]: the window hu_low..hu_high becomes [0,1].
-
-    ``(slope · stored + intercept − hu_low) / (hu_high − hu_low)``, clipped, cropped about the
-    centre to a square and resized. Sorted by series, then by the position along the slices' normal,
-    or by the instance number where there is no position. Left out: DICOMDIR, what has no pixels
-    (reports, structures), and localizers.
-
-    Args:
-        source: a file, or a folder with files that end in .dcm or begin as DICOM does.
-
-    Raises:
-        OSError: a file is damaged, or pydicom has no decoder for its compression. ValueError: no
-            slice there, files of many frames or in colour. ImportError: no pydicom.
-    """
-    root, names = _list_dicom(Path(source).expanduser())
-    if not names:
-        raise ValueError(
-            f"ct: {source} holds no DICOM file; accepted are .dcm, or DICM at byte 128"
-        )
-    return _from_dicom(root, names, size, (hu_low, hu_high))
-
-
-def _list_dicom(path: Path) -> tuple[Path, list[str]]:
-    """(folder, DICOM files below it), or of the one file; hidden ones are left out."""
-    if path.is_file():
-        return path.parent, [path.name] if _is_dicom(path) else []
-    names = []
-    for folder, below, files in os.walk(path):
-        below[:] = [d for d in below if d[0] != "."]
-        here = Path(folder)
-        fitting = (f for f in files if f[0] != "." and f != "DICOMDIR" and _is_dicom(here / f))
-        names += [(here.relative_to(path) / f).as_posix() for f in fitting]
-    return path, sorted(names)
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() == ".dcm":
-        return True
-    if path.name.lower().endswith(_OTHERS) or not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def _from_dicom(root: Path, names: list[str], size: int, window: tuple[float, float]) -> ImageSet:
-    keys = {name: _with_dicom(root, name, _key, stop_before_pixels=True) for name in names}
-    slices = sorted((n for n in names if keys[n] is not None), key=lambda n: (*keys[n], n))
-    if not slices:
-        raise ValueError(f"ct: {root} holds DICOM files, but no slice; accepted is one at least")
-
-    def read(row: int) -> np.ndarray:
-        unit = _with_dicom(root, slices[row], partial(_window, window=window))  # [h,w]
-        return open_images(unit[None], size=size, channels=1, memory=0)[0].numpy()
-
-    return ImageSet(read, tuple(slices), (size, size), 1)
-
-
-def _with_dicom(root: Path, name: str, use: Callable[[Any, str], Any], **how: Any) -> Any:
-    """``use(data, name)`` of a file; whatever goes wrong in a decoder becomes one line."""
-    try:
-        pydicom = importlib.import_module("pydicom")
-    except ImportError as error:
-        came = f"{name} is a DICOM file, and pydicom is not installed"
-        raise ImportError(f"ct: {came}; accepted is with it: pip install pydicom") from error
-    packed = None
-    try:
-        data = pydicom.dcmread(root / name, specific_tags=_TAGS if how else None, **how)
-        syntax = data.file_meta.TransferSyntaxUID
-        packed = syntax.name if syntax.is_encapsulated else None
-        return use(data, name)
-    except _Unfit:
-        raise
-    except (FileNotFoundError, PermissionError) as error:
-        raise type(error)(f"ct: {name} cannot be opened ({error.strerror})") from error
-    except Exception as error:  # pydicom raises AttributeError, struct.error, ... on damage
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if packed is not None:
-            came = f"{name} is compressed ({packed}) and was not decoded (pydicom: {reason})"
-            accepted = "not compressed, or with a decoder: pip install 'pylibjpeg[all]'"
-            raise OSError(f"ct: {came}; accepted are slices {accepted}") from error
-        what = f"ct: {name} is truncated or not DICOM (pydicom: {reason})"
-        raise OSError(f"{what}; accepted are DICOM files of one slice") from error
-
-
-class _Unfit(ValueError):
-    """A DICOM file that is whole, but no slice in grey."""
-
-
-def _key(data: Any, name: str) -> tuple[str, bool, float] | None:
-    """What a slice is sorted by: series, has no position, position or number; None: no slice."""
-    if data.get("Rows") is None or "LOCALIZER" in (data.get("ImageType") or ()):
-        return None
-    frames, samples = int(data.get("NumberOfFrames") or 1), int(data.get("SamplesPerPixel") or 1)
-    colours = data.get("PhotometricInterpretation", "MONOCHROME2")
-    if (frames, samples, colours) != (1, 1, "MONOCHROME2"):
-        came = f"{name} has {frames} frames of {samples} samples, {colours}"
-        raise _Unfit(f"ct: {came}; accepted is one frame of one sample, MONOCHROME2")
-    series = str(data.get("SeriesInstanceUID", ""))
-    position, axes = data.get("ImagePositionPatient"), data.get("ImageOrientationPatient")
-    if position is None or axes is None:
-        return series, True, float(data.get("InstanceNumber") or 0)
-    along, down = np.array(axes, float).reshape(2, 3)
-    return series, False, float(np.cross(along, down) @ np.array(position, float))
-
-
-def _window(data: Any, name: str, *, window: tuple[float, float]) -> np.ndarray:
-    """[h,w] float32 in [0,1]."""
-    slope, intercept = data.get("RescaleSlope"), data.get("RescaleIntercept")
-    units = data.pixel_array * float(1 if slope is None else slope) + float(intercept or 0)
-    low, high = window
-    return np.clip((units - low) / (high - low), 0, 1).astype(np.float32)
 
 
 # Scans

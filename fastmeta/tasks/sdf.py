@@ -6,7 +6,8 @@ centres ``(2i+1)/n − 1``, first axis first: (row, column) of an image, (x, y, 
 in pictures; between centres they are interpolated linearly.
 
 Where the distances of a source are clipped (at 0.25, say), those beyond say nothing but the sign:
-take loss "l1" with ``clamp`` at or below that.
+take loss "l1" with ``clamp`` at or below that. A clamped loss has no slope where the network lies
+beyond the clamp: a random start may then stand still, a learned one has come from there.
 
 Source: Sitzmann et al. 2020 (MetaSDF); Park et al. 2019 (DeepSDF: samples near the surface, clamp).
 """
@@ -251,6 +252,8 @@ def _same_dimensions(where: str, found: int, options: SDF) -> None:
 def _from_files(
     root: Path, names: list[str], read: Callable[[Path, SDF], np.ndarray], options: SDF
 ) -> TaskSet:
+    if read is mesh_field:
+        _same_dimensions("a source of meshes", 3, options)
     return _set(names, options, lambda row: read(root / names[row], options))
 
 
@@ -744,9 +747,10 @@ def mesh(
         values.float().cpu().numpy(),
         0.0,
         spacing=(2 * bound / (resolution - 1),) * 3,
-        gradient_direction="ascent",
+        gradient_direction="descent",
     )
-    return torch.from_numpy(vertices - np.float32(bound)), torch.from_numpy(faces).long()
+    placed, flipped = (vertices - bound).astype(np.float32), np.ascontiguousarray(faces, np.int64)
+    return torch.from_numpy(placed), torch.from_numpy(flipped)
 
 
 def mesh_bytes(vertices: Tensor, faces: Tensor, kind: Literal["ply", "obj"]) -> bytes:

@@ -405,7 +405,8 @@ def _counted_parts(
     if not whole or not 1 <= train <= train + check <= len(names) or check < 0:
         came = f"n_train is {train}, n_val {check} in {path}"
         raise ValueError(f"views: {came}; accepted are integers, together at most {len(names)}")
-    return {name: (i >= train) + (i >= train + check) for i, name in enumerate(names)}
+    last = int(train) + int(check)
+    return {name: (i >= int(train)) + (i >= last) for i, name in enumerate(names)}
 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
