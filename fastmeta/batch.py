@@ -372,6 +372,8 @@ def _move(value: Any, args: tuple, kwargs: dict) -> Any:
     if isinstance(value, Project):
         return Project(value.angles.to(*args, **kwargs))
     if isinstance(value, Tensor):
-        moved = value.to(*args, **kwargs)
-        return moved if value.is_floating_point() else moved.to(value.dtype)
+        if value.is_floating_point():
+            return value.to(*args, **kwargs)
+        where = torch.empty(0, device=value.device).to(*args, **kwargs).device
+        return value.to(where)  # through a floating dtype a seed would lose its low bits
     return value

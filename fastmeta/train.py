@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rng
-from .batch import Batch
+from .batch import Batch, March
 from .checkpoint import atomic_write, load_start, save_start
 from .meta.baselines import standard
 from .meta.eikonal import Eikonal
@@ -38,7 +39,8 @@ from .meta.reptile import Reptile
 from .spec import MLP, Encoding
 from .tasks import kind_of, module, options
 from .tasks.images import Images
-from .tasks.sets import at_least, feed, readable, refuse_changed
+from .tasks.sets import at_least, feed, refuse_changed
+from .tasks.views import alive
 
 Signal = TypeVar("Signal")
 
@@ -197,11 +199,7 @@ def network(config: Config) -> MLP:
 
 def open_data(config: Config) -> tuple[Any, Any, Any]:
     """(train, validation, test) of a configuration; the same for the same data and seed."""
-    kind = kind_of(config.signal)
-    parts = module(kind).open_splits(config.data, config.signal, config.seed)
-    if getattr(config.signal, "skip_bad", False):
-        parts = tuple(readable(part) for part in parts)
-    return parts
+    return module(kind_of(config.signal)).open_splits(config.data, config.signal, config.seed)
 
 
 def place(device: str, threads: int | None) -> torch.device:
@@ -362,9 +360,21 @@ def _validate(config: Config, run: _Run, checks: list[Batch]) -> float:
     rate = learner.inner_lr.detach() if isinstance(learner.inner_lr, Tensor) else learner.inner_lr
     start = Start(learner.init.detach(), rate, learner.rule, config.eikonal)
     steps = config.inner_steps if config.test_steps is None else config.test_steps
+    if isinstance(checks[0].measure, March) and not _alive(learner, checks[0]):
+        warnings.warn(
+            f"outer step {run.step}: no density is above 0 on the rays of {checks[0].tasks} "
+            "validation tasks: nothing is drawn, and ReLU densities have no gradient that could "
+            "change it; --density softplus cannot die, a smaller --inner-lr may not",
+            stacklevel=1,
+        )
     how = {"impl": config.impl, "precision": config.precision}
     scores = [reached(learner.net, start, b, [steps], kind.METRIC, **how)[0] for b in checks]
     return round(float(torch.cat(scores)[:, -1].mean()), 4)
+
+
+def _alive(learner: Any, batch: Batch) -> float:
+    assert isinstance(batch.measure, March)
+    return alive(learner.net, learner.init.detach(), batch, batch.measure)
 
 
 # State on disk

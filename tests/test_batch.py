@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastmeta as fm
+from fastmeta import rng
 
 
 def rays(T=2, R=5, **change):
@@ -146,3 +147,15 @@ def test_take_is_the_batch_of_some_tasks():
     one = ct.take(slice(1, 2))
     assert torch.equal(one.measure.angles, THETA[1:]) and one.query.tasks == 1
     assert torch.equal(one.measure.pixels(3), ct.measure.pixels(3)[1:])
+
+
+def test_moving_a_batch_keeps_every_bit_of_its_seeds():
+    """A seed has 64 bits, a float32 24: draws after a change of dtype are those before it."""
+    seed = rng.task_seeds(1, 2, 2)
+    assert seed.float().long().ne(seed).all() and seed.double().long().ne(seed).any()
+    x, y = torch.rand(2, 5, 3, dtype=torch.float64), torch.rand(2, 5, 1, dtype=torch.float64)
+    batch = fm.Batch(x, y, seed=seed, per_step=3, counts=torch.tensor([5, 4]))
+    for dtype in (torch.float32, torch.float64):
+        moved = batch.to(dtype)
+        assert moved.y.dtype == dtype and moved.seed.equal(seed)
+        assert moved.counts.tolist() == [5, 4]

@@ -1,6 +1,7 @@
-"""cli.py, apply.py: what a user types, what comes back, and one line for every bad input."""
+"""cli.py, apply/: what a user types, what comes back, and one line for every bad input."""
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -17,12 +18,15 @@ from PIL import Image
 import fastmeta as fm
 from fastmeta import apply
 from fastmeta import train as tr
-from fastmeta.apply import Eval, Fit, Learned, builtin, open_start
+from fastmeta.apply import Eval, Fit, Learned, builtin, open_start, table
+from fastmeta.apply import start as starts
 from fastmeta.checkpoint import load_start, load_tensors, spec_from_json
 from fastmeta.cli import main
 from fastmeta.meta import baselines
-from fastmeta.meta.evaluate import Start, Tuned, psnr, ssim, tune
+from fastmeta.meta.evaluate import Start, Tuned, psnr, rates, ssim, tune
 from fastmeta.tasks import images as im
+
+fitting = importlib.import_module("fastmeta.apply.fit")  # the package's own fit is the function
 
 SMALL = ["--size", "12", "--width", "16", "--depth", "3", "--w0", "30", "--tasks", "2"]
 SMALL += ["--lr", "1e-3", "--inner-lr", "0.01", "--device", "cpu"]
@@ -32,7 +36,7 @@ SMALL += ["--lr", "1e-3", "--inner-lr", "0.01", "--device", "cpu"]
 def run(tmp_path_factory):
     """A small run on text."""
     out = tmp_path_factory.mktemp("cli") / "run"
-    few = ["--iterations", "20", "--validate-every", "10", "--validate-images", "4"]
+    few = ["--iterations", "20", "--validate-every", "10", "--validate-tasks", "4"]
     assert main(["train", "images", "--data", "text", "--out", str(out), *SMALL, *few]) == 0
     return out
 
@@ -88,7 +92,7 @@ def test_version_help_and_usage(capsys):
     ):
         assert main(given) == code
         assert capsys.readouterr().out.startswith("usage: fastmeta COMMAND")
-    for given in ["train", "images"], ["fit"], ["eval"]:
+    for given in ["train", "images"], ["fit"], ["eval"], ["render"]:
         assert main([*given, "--help"]) == 0
         said = capsys.readouterr()
         assert "--device" in said.out and said.err == ""
@@ -140,7 +144,8 @@ def bad(capsys):
         capsys.readouterr()
         assert main([str(part) for part in given]) == 2
         said = capsys.readouterr()
-        assert said.out == ""
+        announced = given[0] == "train" and re.fullmatch(r"kind=images .*\n", said.out)
+        assert said.out == "" or announced  # what would be trained
         assert said.err.startswith("fastmeta: error: ") and said.err.count("\n") == 1
         assert "Traceback" not in said.err
         for word in words:
@@ -154,8 +159,8 @@ def training(data, out):
 
 
 def test_bad_words(bad, run):
-    bad(["trian"], "trian: no such command; accepted are train, fit, eval, info")
-    bad(["train", "sounds"], "the kind of signal is sounds; accepted is images")
+    bad(["trian"], "trian: no such command; accepted are train, fit, eval, render, info")
+    bad(["train", "sounds"], "the kind of signal is sounds; accepted are images, ct, views")
     bad(["train", "images"], "--data", "--out", "required")
     bad(["fit", run], "--data")
     fit = ["fit", run, "--data", "x"]
@@ -207,7 +212,7 @@ def test_bad_data(bad, run, tmp_path):
     bad(training(tmp_path / "grey.png", tmp_path / "new"), "0 to validate")
     bad(
         [*training("text", tmp_path / "new"), "--channels", "1"],
-        "channels is 1; the text class has 3",
+        "channels is 1 with data text, where it has no effect; accepted is without",
     )
     np.savez(tmp_path / "both.npz", images=np.zeros((3, 12, 12, 3), np.uint8), names=["a", "b"])
     bad(training(tmp_path / "both.npz", tmp_path / "new"), "names in", "accepted are 3 strings")
@@ -237,12 +242,12 @@ def test_bad_starts(bad, run, photos, tmp_path):
     with open(tmp_path / "evil.pkl", "rb") as file:
         pickle.load(file)
     assert touched.exists()  # it would have worked
-    for inputs, outputs in ((3, 3), (2, 4), (2, 2)):
+    for inputs, outputs in ((3, 3), (2, 4), (2, 2), (3, 1)):
         net = fm.siren(inputs, outputs, 8, 2)
         fm.save_init(tmp_path / "other.safetensors", net, net.init()[0])
-        came = f"from {inputs} to {outputs} features; accepted for images is from 2 to 1 or 3"
+        came = f"from {inputs} to {outputs} features"
         bad(["fit", tmp_path / "other.safetensors", "--data", photos], "other.safetensors", came)
-        bad(["eval", tmp_path / "other.safetensors", "--data", photos], came)
+        bad(["eval", tmp_path / "other.safetensors", "--data", photos], came, "2 to 1 or 3 (images")
     (tmp_path / "half.safetensors").write_bytes((run / tr.BEST).read_bytes()[:-100])
     bad(["fit", tmp_path / "half.safetensors", "--data", photos], "not a complete safetensors file")
     bad(["fit", photos, "--data", photos], "no config.json there")
@@ -294,7 +299,10 @@ def test_fit_writes_weights_that_show_the_pictures(run, photos, tmp_path, capsys
     said = capsys.readouterr().out
     tensors, meta = load_tensors(out / "fits.safetensors")
     net = spec_from_json(meta["net"], {k: v for k, v in tensors.items() if k != "params"})
-    assert meta["name"] == ["a.png", "b.png", "sub/c.bmp"] and meta["sizes"] == [[12, 12]] * 3
+    assert (
+        meta["name"] == ["a.png", "b.png", "sub/c.bmp"]
+        and meta["tasks"] == [{"size": [12, 12]}] * 3
+    )
     assert meta["picture"] == ["a.png", "b.png", "sub_c.png"]
     learned, init, _, _ = load_start(run / tr.BEST)
     assert net == learned
@@ -310,7 +318,7 @@ def test_fit_writes_weights_that_show_the_pictures(run, photos, tmp_path, capsys
     for t, name in enumerate(meta["picture"]):
         mine = fm.mlp(net, tensors["params"][t], batch.x).view(12, 12, 3).clamp(0, 1)
         assert (shown(out / name) - mine).abs().max() <= 0.5 / 255 + 1e-5
-    pattern = r"3 images, mean PSNR ([\d.]+) dB at the start, ([\d.]+) dB after 3 steps\n"
+    pattern = r"3 tasks, mean PSNR ([\d.]+) dB at the start, ([\d.]+) dB after 3 steps\n"
     told = [float(number) for number in re.match(pattern, said).groups()]
     assert told == pytest.approx([ends[0], ends[3]], abs=0.01)
 
@@ -337,8 +345,9 @@ def test_fit_of_one_file_takes_the_steps_it_was_learned_for(run, photos, tmp_pat
 
 
 def test_fit_with_a_mask_scores_what_was_not_seen(run, photos, tmp_path, capsys, monkeypatch):
+    plain = fitting._chunks
     for number, chunk in enumerate((10**6, 1)):  # together, and one by one
-        monkeypatch.setattr(apply, "_chunks", rechunked(apply._chunks, chunk))
+        monkeypatch.setattr(fitting, "_chunks", rechunked(plain, chunk))
         given = ["--mask", "random:0.4", "--seed", "3", "--out", str(tmp_path / str(number))]
         assert main(["fit", str(run), "--data", str(photos), *given]) == 0
     rows = scores(tmp_path / "0")
@@ -360,9 +369,9 @@ def test_fit_with_a_mask_scores_what_was_not_seen(run, photos, tmp_path, capsys,
 
 def rechunked(chunks, many):
     def split(options, learned):
-        for names, pixels in chunks(options, learned):
+        for names, items, signal in chunks(options, learned):
             for at in range(0, len(names), many):
-                yield names[at : at + many], pixels[at : at + many]
+                yield names[at : at + many], items[at : at + many], signal
 
     return split
 
@@ -371,7 +380,7 @@ def test_fit_at_native_sizes(run, photos, tmp_path):
     given = ["--size", "native", "--out", str(tmp_path / "fits")]
     assert main(["fit", str(run), "--data", str(photos), *given]) == 0
     _, meta = load_tensors(tmp_path / "fits" / "fits.safetensors")
-    assert meta["sizes"] == [[12, 14], [12, 12], [31, 20]]
+    assert meta["tasks"] == [{"size": size} for size in ([12, 14], [12, 12], [31, 20])]
     assert picture(tmp_path / "fits" / "sub_c.png").size == (20, 31)
     net, init, _, _ = load_start(run / tr.BEST)
     batch = im.image_batch(shown(photos / "sub" / "c.bmp").float()[None], net)
@@ -443,11 +452,11 @@ def test_the_authors_pickle(data_path, tmp_path, capsys):
 
 
 def test_starts_of_the_package(run, photos, tmp_path, monkeypatch, capsys):
-    assert all((apply._starts() / f"{name}.safetensors").is_file() for name in builtin())
-    monkeypatch.setattr(apply, "_starts", lambda: tmp_path / "absent")
+    assert all((starts._starts() / f"{name}.safetensors").is_file() for name in builtin())
+    monkeypatch.setattr(starts, "_starts", lambda: tmp_path / "absent")
     assert builtin() == []
     (tmp_path / "starts").mkdir()
-    monkeypatch.setattr(apply, "_starts", lambda: tmp_path / "starts")
+    monkeypatch.setattr(starts, "_starts", lambda: tmp_path / "starts")
     assert builtin() == []
     (tmp_path / "starts" / "text.safetensors").write_bytes((run / tr.BEST).read_bytes())
     assert builtin() == ["text"]
@@ -457,7 +466,8 @@ def test_starts_of_the_package(run, photos, tmp_path, monkeypatch, capsys):
     assert main(["fit", "text", "--data", str(photos)]) == 0
     assert (tmp_path / "fits" / "a.png").exists()
     opened = open_start("text", torch.device("cpu"))
-    assert (opened.size, opened.inner_steps, opened.config) == (12, 2, None)
+    assert (opened.config.signal.size, opened.config.inner_steps) == (12, 2) and opened.known
+    assert (opened.kind, opened.row) == ("images", "maml")
 
 
 # eval
@@ -465,12 +475,12 @@ def test_starts_of_the_package(run, photos, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def evaluated(run):
-    few = ["--count", "5", "--tune-images", "3", "--mean-steps", "4", "--pictures", "2"]
+    few = ["--count", "5", "--tune-tasks", "3", "--mean-steps", "4", "--pictures", "2"]
     assert main(["eval", str(run), *few]) == 0
     return run / "eval"
 
 
-def table(out):
+def cells(out):
     with open(out / "table.csv", newline="") as file:
         return {row["start"]: row for row in csv.DictReader(file)}
 
@@ -485,57 +495,111 @@ def test_eval_writes_what_it_says(evaluated):
     ]
     for name in ("curve.png", "strip.png"):
         assert min(picture(evaluated / name).size) > 300
-    rows, said = table(evaluated), (evaluated / "table.md").read_text()
-    assert list(rows) == ["learned", "standard", "mean", "matched", "shuffled"]
+    rows, said = cells(evaluated), (evaluated / "table.md").read_text()
+    assert list(rows) == ["maml", "standard", "mean", "matched", "shuffled"]
     for name, row in rows.items():
-        cells = [
+        shown = [
             f"{float(row[f'psnr_{k}']):.2f} ± {float(row[f'stderr_{k}']):.2f}" for k in range(6)
         ]
-        assert f"| {name} | {row['fitted_with']} | " + " | ".join(cells) in said
-    assert "over 5 images" in said and "after 2 steps." in said
+        shown.append(f"{float(row['ssim']):.3f}")
+        assert f"| {name} | {row['fitted_with']} | " + " | ".join(shown) + " |\n" in said
+    heads = ["start", "fitted with", "0 steps", "1 step", *(f"{k} steps" for k in range(2, 6))]
+    assert "| " + " | ".join([*heads, "SSIM, 5 steps"]) + " |\n" in said
+    assert "over 5 tasks" in said and "after 2 steps." in said
 
 
 def test_eval_numbers_by_hand(run, evaluated):
     """Each start, its tuned rule and rate, and every score, from fm.adapt and fm.mlp alone."""
     net, init, _, _ = load_start(run / tr.BEST)
     training, _, test = tr.open_data(tr.saved_config(run))
-    tasks, batch = (tr.first(s, n, net, torch.device("cpu")) for s, n in ((training, 3), (test, 5)))
+    tasks, batch = (
+        im.image_batch(torch.stack([part[i] for i in range(n)]), net)
+        for part, n in ((training, 3), (test, 5))
+    )
     inits = {
         "standard": baselines.standard(net, seed=1),
         "mean": baselines.mean(net, tasks, 4, 1e-4, seed=1),
         "matched": baselines.matched(net, init, seed=0),
         "shuffled": baselines.shuffled(net, init, seed=0),
     }
-    named = {"learned": Tuned(Start(init, 1e-2, "sgd"), 0.0, True)}
-    named |= {name: tune(net, value, tasks, 2) for name, value in inits.items()}
-    raw, rows = json.loads((evaluated / "scores.json").read_text()), table(evaluated)
+    named = {"maml": Tuned(Start(init, 1e-2, "sgd"), 0.0, True)}
+    named |= {name: tune(net, value, tasks, 2, grid=rates(1e-2)) for name, value in inits.items()}
+    raw, rows = json.loads((evaluated / "scores.json").read_text()), cells(evaluated)
     for name, (start, _, inside) in named.items():
         assert rows[name]["fitted_with"] == f"{start.rule} {start.lr:.3g}" + "*" * (not inside)
         for k in range(6):
             theta = fm.adapt(net, start.init, batch, k, start.lr, rule=start.rule).params
             y = fm.mlp(net, theta, batch.x)
             reached = psnr(y, batch.y)
-            assert [row[k] for row in raw[name]["psnr"]] == pytest.approx(
+            assert [row[k] for row in raw[name]["score"]] == pytest.approx(
                 reached.tolist(), abs=1e-2
             )
             assert float(rows[name][f"psnr_{k}"]) == pytest.approx(float(reached.mean()), abs=1e-2)
             error = float(reached.std(correction=1)) / 5**0.5
             assert float(rows[name][f"stderr_{k}"]) == pytest.approx(error, abs=1e-2)
-            alike = [
-                ssim(a.view(12, 12, 3), b.view(12, 12, 3)) for a, b in zip(y, batch.y, strict=True)
-            ]
-            assert float(rows[name][f"ssim_{k}"]) == pytest.approx(np.mean(alike), abs=2e-3)
+        alike = [
+            ssim(a.view(12, 12, 3), b.view(12, 12, 3)) for a, b in zip(y, batch.y, strict=True)
+        ]
+        assert raw[name]["ssim"] == pytest.approx(alike, abs=2e-3)
+        assert float(rows[name]["ssim"]) == pytest.approx(np.mean(alike), abs=2e-3)
+
+
+def test_eval_does_not_depend_on_its_chunks(run, evaluated, tmp_path, monkeypatch):
+    plain = table.seen_at_test
+    monkeypatch.setattr(table, "seen_at_test", lambda *a, chunk, **how: plain(*a, chunk=2, **how))
+    few = ["--count", "5", "--tune-tasks", "3", "--mean-steps", "4", "--pictures", "3"]
+    assert main(["eval", str(run), *few, "--out", str(tmp_path)]) == 0
+    one, two = (json.loads((out / "scores.json").read_text()) for out in (evaluated, tmp_path))
+    for name in one:
+        for key in ("score", "ssim"):
+            torch.testing.assert_close(
+                torch.tensor(two[name][key]), torch.tensor(one[name][key]), rtol=0, atol=1e-3
+            )
+    few[-1] = "0"
+    assert main(["eval", str(run), *few, "--out", str(tmp_path / "none")]) == 0
+    assert not (tmp_path / "none" / "strip.png").exists()
+    none = json.loads((tmp_path / "none" / "scores.json").read_text())
+    assert {name: row["ssim"] for name, row in none.items()} == {
+        name: pytest.approx(row["ssim"]) for name, row in two.items()
+    }
+
+
+def test_eval_of_several_runs_is_one_table(run, tmp_path, bad):
+    """Rows by algorithm; of two with the same one, by folder; another kind of task is refused."""
+    few = ["--iterations", "3", "--validate-tasks", "2"]
+    for name, given in (("rep", ["--algorithm", "reptile"]), ("again", ["--seed", "0"])):
+        out = ["--data", "text", "--out", str(tmp_path / name)]
+        assert main(["train", "images", *out, *SMALL, *few, *given]) == 0
+    also = ["--also", str(tmp_path / "rep"), str(tmp_path / "again"), "--starts", "standard"]
+    given = ["eval", str(run), "--count", "3", "--tune-tasks", "2", "--out", str(tmp_path / "o")]
+    written = tmp_path / "both.md"
+    assert main([*given, *also, "--table", str(written)]) == 0
+    assert written.read_text() == (tmp_path / "o" / "table.md").read_text()
+    rows = cells(tmp_path / "o")
+    assert list(rows) == ["maml run-1", "reptile", "maml again-3", "standard"]
+    test = tr.open_data(tr.saved_config(run))[2]
+    for folder, name in ((run, "maml run-1"), (tmp_path / "again", "maml again-3")):
+        net, init, _, _ = load_start(folder / tr.BEST)
+        batch = im.image_batch(torch.stack([test[i] for i in range(3)]), net)
+        y = fm.mlp(net, fm.adapt(net, init, batch, 4, 1e-2).params, batch.x)
+        assert float(rows[name]["psnr_4"]) == pytest.approx(
+            float(psnr(y, batch.y).mean()), abs=0.01
+        )
+    out = ["--data", "text", "--out", str(tmp_path / "large"), "--iterations", "1"]
+    assert main(["train", "images", *out, *SMALL, "--size", "13"]) == 0
+    bad([*given, "--also", tmp_path / "large"], "large learned Images(size=13", "same kind of task")
+    bad([*given, "--counts", "3"], "counts is (3,) with images, where nothing is counted")
 
 
 def test_a_rate_at_the_edge_is_marked(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        apply, "tune", lambda net, init, *_, **__: Tuned(Start(init, 2.7), 1.0, False)
+        table, "tune", lambda net, init, *_, **__: Tuned(Start(init, 2.7), 1.0, False)
     )
     given = ["--count", "2", "--starts", "standard", "--steps", "1", "--out", str(tmp_path)]
     assert main(["eval", str(run), *given]) == 0
     said = (tmp_path / "table.md").read_text()
     assert "| standard | sgd 2.7* |" in said and "* the best rate tried" in said
-    assert "| learned | sgd 0.01 |" in said
+    assert "| maml | sgd 0.01 |" in said
 
 
 def test_eval_on_a_folder_keeps_tuning_and_scoring_apart(run, tmp_path, monkeypatch):
@@ -543,7 +607,7 @@ def test_eval_on_a_folder_keeps_tuning_and_scoring_apart(run, tmp_path, monkeypa
         save(tmp_path / "photos" / f"{number}.png", seed=number)
     learned = open_start(str(run), torch.device("cpu"))
     options = Eval(str(run), data=str(tmp_path / "photos"))
-    training, held_out = apply._evaluation_data(options, learned)
+    training, held_out = table._evaluation_data(options, learned)
     assert training.names == ("5.png", "6.png") and held_out.names == tuple(
         f"{n}.png" for n in range(5)
     )
@@ -556,8 +620,20 @@ def test_eval_on_a_folder_keeps_tuning_and_scoring_apart(run, tmp_path, monkeypa
         str(tmp_path / "o"),
     ]
     assert main(["eval", str(run / tr.BEST), *given, "--pictures", "0"]) == 0
-    assert len(json.loads((tmp_path / "o" / "scores.json").read_text())["learned"]["psnr"]) == 5
+    assert len(json.loads((tmp_path / "o" / "scores.json").read_text())["maml"]["score"]) == 5
     assert not (tmp_path / "o" / "strip.png").exists()
+    net, init, _, _ = load_start(run / tr.BEST)
+    fm.save_init(tmp_path / "bare.safetensors", net, init)  # nothing tells how it was learned
+    given[-1] = str(tmp_path / "bare")
+    assert main(["eval", str(tmp_path / "bare.safetensors"), *given, "--steps", "1"]) == 0
+    assert list(cells(tmp_path / "bare")) == ["learned", "standard"]
+    assert list(cells(tmp_path / "bare")["learned"])[2:] == [
+        "psnr_0",
+        "stderr_0",
+        "psnr_1",
+        "stderr_1",
+        "ssim",
+    ]
 
 
 def test_python_face_takes_the_same_options(run, photos, tmp_path):

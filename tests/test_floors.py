@@ -16,7 +16,7 @@ FLOORS = {
     "checkpoint": 3, "convert": 3, "tasks": 3,
     "nn": 4, "compat": 4, "meta": 4,
     "train": 5, "distributed": 5, "viz": 5,
-    "apply": 6,
+    "apply": 6, "recipes": 6,
     "cli": 7,
     "__main__": 8,
 }  # fmt: skip

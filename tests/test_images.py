@@ -485,14 +485,14 @@ def test_open_splits_uses_sub_folders(tmp_path):
             Image.fromarray(noise(8, 8, 3)).save(tmp_path / name)
 
     put(*(f"train/c/{i}.png" for i in range(9)), "Validation/v.png", "cover.png")
-    train, validation, test = im.open_splits(tmp_path, size=8)
+    train, validation, test = im.image_splits(tmp_path, size=8)
     assert validation.names == ("Validation/v.png",) and len(test) >= 1
     assert {*train.names, *test.names} == {f"train/c/{i}.png" for i in range(9)}
     assert len(train) + len(test) == 9 and train.memory is test.memory
     put("test/t.png")
-    train, validation, test = im.open_splits(tmp_path, size=8)
+    train, validation, test = im.image_splits(tmp_path, size=8)
     assert (len(train), validation.names, test.names) == (9, ("Validation/v.png",), ("test/t.png",))
-    flat = im.open_splits(tmp_path / "train", size=8, seed=1)
+    flat = im.image_splits(tmp_path / "train", size=8, seed=1)
     direct = im.split(im.open_images(tmp_path / "train", size=8), seed=1)
     assert [p.names for p in flat] == [p.names for p in direct]
 
@@ -694,7 +694,7 @@ def test_a_cached_step_is_cheap():
 
 def test_faces_are_read_and_split_by_person():
     path = data("faces_london/faces_178.npz")
-    train, validation, test = im.open_splits(path, size=64, group=r"(\d+)_")
+    train, validation, test = im.image_splits(path, size=64, group=r"(\d+)_")
     people = [
         {name.split("/")[-1][:3] for name in part.names} for part in (train, validation, test)
     ]

@@ -25,6 +25,8 @@ from fastmeta.apply import open_start
 from fastmeta.checkpoint import load_start
 from fastmeta.cli import _options, _resumed, main
 from fastmeta.meta.evaluate import psnr
+from fastmeta.tasks import images as im
+from fastmeta.tasks.images import Images
 
 CASES = {
     "maml": {},
@@ -44,18 +46,21 @@ def config(out, **changes):
         "inner_lr": 1e-2,
         "lr": 1e-3,
     }
-    small |= {"iterations": 10, "validate_every": 4, "validate_images": 3}
+    small |= {"iterations": 10, "validate_every": 4, "validate_tasks": 3}
     small |= {"save_every": 3, "log_every": 2, "device": "cpu"}
-    return tr.Config(out=Path(out), **({"data": "text"} | small | changes))
+    chosen = {"data": "text"} | small | changes
+    own = {f.name: chosen.pop(f.name) for f in dataclasses.fields(Images) if f.name in chosen}
+    return tr.Config(out=Path(out), signal=Images(**own), **chosen)
 
 
 def arguments(config):
     """The command line of a configuration."""
     given = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name != "resume" and value != field.default:
-            given += [f"--{field.name.replace('_', '-')}", str(value)]
+    for part in (config, config.signal):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.name not in ("resume", "signal") and value != field.default:
+                given += [f"--{field.name.replace('_', '-')}", str(value)]
     return ["train", "images", *given]
 
 
@@ -93,8 +98,8 @@ def interrupt_after(monkeypatch, step, number=signal.SIGINT):
     """A signal arrives while this outer step is taken."""
     plain = tr._outer_step
 
-    def outer(config, run, net, pixels, at):
-        row = plain(config, run, net, pixels, at)
+    def outer(config, run, batch, at):
+        row = plain(config, run, batch, at)
         if at + 1 == step:
             signal.raise_signal(number)
         return row
@@ -108,6 +113,12 @@ def stopped(monkeypatch, config, step, number=signal.SIGINT):
         interrupt_after(patch, step, number)
         with pytest.raises(KeyboardInterrupt, match=f"outer step {step} of {config.iterations}"):
             tr.train(config)
+
+
+def validated(count, net):
+    """The first validation tasks of ``config``, in one batch."""
+    pixels = tr.open_data(config("x"))[1]
+    return im.image_batch(torch.stack([pixels[i] for i in range(count)]), net)
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +154,11 @@ def test_cases_differ_and_the_best_checkpoint_is_the_best_validated(whole):
     ends = [load_start(whole(case) / tr.LAST)[1] for case in CASES]
     assert all(not torch.equal(a, b) for i, a in enumerate(ends) for b in ends[:i])
     for case in CASES:
-        checked = [row for row in rows(whole(case)) if row["val_psnr"] is not None]
+        checked = [row for row in rows(whole(case)) if row["val_score"] is not None]
         assert [row["step"] for row in checked] == [4, 8, 10]
-        top = max(checked, key=lambda row: row["val_psnr"])
+        top = max(checked, key=lambda row: row["val_score"])
         meta = load_start(whole(case) / tr.BEST)[3]
-        assert (meta["best"], meta["step"]) == (top["val_psnr"], top["step"])
+        assert (meta["best"], meta["step"]) == (top["val_score"], top["step"])
 
 
 def test_meta_sgd_learns_rates_that_validation_and_fitting_use(whole):
@@ -157,13 +168,13 @@ def test_meta_sgd_learns_rates_that_validation_and_fitting_use(whole):
     best, _, learned, _ = load_start(whole("meta_sgd") / tr.BEST)
     opened = open_start(str(whole("meta_sgd")), torch.device("cpu"))
     assert torch.equal(opened.start.lr, learned["inner_lr"]) and opened.start.rule == "meta_sgd"
-    checks = tr.first(tr.open_data(config("x"))[1], 3, net, torch.device("cpu"))
+    checks = validated(3, net)
 
     def reached(lr):
         fitted = fm.adapt(net, init, checks, 2, lr, rule="meta_sgd").params
         return float(psnr(fm.mlp(net, fitted, checks.x), checks.y).mean())
 
-    logged = rows(whole("meta_sgd"))[-1]["val_psnr"]
+    logged = rows(whole("meta_sgd"))[-1]["val_score"]
     assert logged == pytest.approx(reached(rates), abs=1e-4)
     assert abs(logged - reached(0.01)) > 1e-3
 
@@ -275,7 +286,7 @@ def test_a_failed_start_leaves_nothing_in_the_way(tmp_path):
     assert tr.train(dataclasses.replace(options, iterations=0)).exists()
 
 
-@pytest.mark.parametrize("network", ["fourier", "siren"])
+@pytest.mark.parametrize("network", ["fourier", "frequencies", "siren"])
 def test_resume_takes_every_option_of_the_run(network, tmp_path, monkeypatch):
     images = np.random.default_rng(0).random((20, 13, 13, 3))
     np.savez(tmp_path / "a.npz", images=images, names=[f"{i // 2}.png" for i in range(20)])
@@ -283,22 +294,32 @@ def test_resume_takes_every_option_of_the_run(network, tmp_path, monkeypatch):
     changed |= {"order": 1, "iterations": 12, "tasks": 1, "inner_steps": 3, "inner_lr": 0.02}
     changed |= {"algorithm": "maml", "rule": "momentum", "lr": 2e-3, "clip": 0.5, "per_step": 50}
     changed |= {"size": 13, "channels": 3, "width": 12, "depth": 4}
-    own = {"fourier": {"features": 7, "scale": 3.0, "w0": 100.0}, "siren": {"w0": 20.0}}[network]
-    changed |= own | {"validation": 0.2, "test": 0.3}
-    changed |= {"group": r"(\d+)\.", "validate_every": 5, "validate_images": 2, "save_every": 6}
+    own = {
+        "fourier": {"features": 7, "feature_scale": 3.0},
+        "frequencies": {"frequencies": 3, "max_exponent": 4.0},
+        "siren": {"w0": 20.0},
+    }
+    changed |= {"w0": 100.0} | own[network]
+    changed |= {"validation": 0.2, "test": 0.3, "skip_bad": True}
+    changed |= {"test_steps": 4, "test_per_step": 60}
+    changed |= {"group": r"(\d+)\.", "validate_every": 5, "validate_tasks": 2, "save_every": 6}
     changed |= {"log_every": 1, "seed": 9, "threads": 1, "impl": "reference", "precision": "fp32"}
     changed |= {"max_memory": 10**6}
     options = config(tmp_path / "run", **changed)
     same = {"algorithm", "channels"}  # reptile has no order; the images have colours
-    same |= {"fourier": {"w0"}, "siren": {"network", "features", "scale"}}[network]
-    for field in dataclasses.fields(options):
-        assert getattr(options, field.name) != field.default or field.name in same | {"resume"}
+    same |= {"eikonal", "test_counts"}  # of other kinds of signal: tests/test_recipes.py
+    same |= {name for names in own.values() for name in names} - set(own[network])
+    same |= {"network"} if network == "siren" else set()
+    for part in (options, options.signal):
+        for field in dataclasses.fields(part):
+            if field.name not in same | {"resume", "signal"}:
+                assert getattr(part, field.name) != field.default, field.name
     stopped(monkeypatch, options, 4)
     given = ["--resume", "--out", str(options.out)]
-    resumed = _options(tr.Config, "train images", given, _resumed(given))
+    resumed = _options(tr.Config[Images], "train images", given, _resumed(given))
     assert resumed == dataclasses.replace(options, resume=True)
     given = ["--resume", f"--out={options.out}", "--iterations", "14"]
-    resumed = _options(tr.Config, "train images", given, _resumed(given))
+    resumed = _options(tr.Config[Images], "train images", given, _resumed(given))
     assert resumed == dataclasses.replace(options, resume=True, iterations=14)
     assert main(["train", "images", "--resume", "--out", str(options.out)]) == 0
     assert saved_step(options.out) == 12
@@ -308,12 +329,12 @@ def test_resume_takes_every_option_of_the_run(network, tmp_path, monkeypatch):
 
 
 def test_validation_improves_on_text(tmp_path):
-    tr.train(config(tmp_path / "run", iterations=60, validate_every=10, validate_images=16))
-    reached = [row["val_psnr"] for row in rows(tmp_path / "run") if row["val_psnr"] is not None]
+    tr.train(config(tmp_path / "run", iterations=60, validate_every=10, validate_tasks=16))
+    reached = [row["val_score"] for row in rows(tmp_path / "run") if row["val_score"] is not None]
     assert len(reached) == 6 and reached[-1] > reached[0] + 2
     net, init, _, meta = load_start(tmp_path / "run" / tr.BEST)
     assert meta["best"] == max(reached)
-    checks = tr.first(tr.open_data(config("x"))[1], 16, net, torch.device("cpu"))
+    checks = validated(16, net)
     fitted = fm.adapt(net, init, checks, 2, 1e-2).params  # all at once, where training took fours
     by_hand = float(psnr(fm.mlp(net, fitted, checks.x), checks.y).mean())
     assert meta["best"] == pytest.approx(by_hand, abs=1e-3)
@@ -511,9 +532,24 @@ def test_a_set_without_validation_is_refused(tmp_path):
         ({"algorithm": "reptile", "order": 1}, "order is 1 with algorithm reptile"),
         ({"features": 64}, "features is 64 with network siren"),
         ({"network": "fourier", "w0": 30.0}, "w0 is 30.0 with network fourier"),
-        ({"group": "(a)"}, "group is '(a)' with data text"),
+        (
+            {"network": "frequencies", "feature_scale": 1.0},
+            "feature_scale is 1.0 with network freq",
+        ),
+        ({"network": "relu", "max_exponent": 4.0}, "max_exponent is 4.0 with network relu"),
+        ({"test_counts": (3,)}, "test_counts is (3,) with images, where nothing is counted"),
+        ({"eikonal": 0.1}, "eikonal is 0.1 with images"),
     ],
 )
 def test_an_option_without_effect_is_refused(given, said, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"train: {said}, where it has no effect")):
+    with pytest.raises(ValueError, match=re.escape(said)):
         tr.Config(**{"data": "text", "out": tmp_path, **given})
+
+
+@pytest.mark.parametrize("given", [{"group": "(a)"}, {"validation": 0.2}, {"channels": 1}])
+def test_an_option_that_the_data_leave_without_effect_is_refused(given, tmp_path):
+    (name, value), *_ = given.items()
+    said = f"{name} is {value!r} with data text, where it has no effect; accepted is without"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        tr.train(config(tmp_path / "run", **given))
+    assert not (tmp_path / "run").exists()

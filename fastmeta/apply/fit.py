@@ -23,7 +23,7 @@ from ..meta.evaluate import fitted, predicted, score
 from ..ops.adapt import loss_grad
 from ..tasks import images as pictures
 from ..tasks import module
-from ..tasks.sets import at_least, readable
+from ..tasks.sets import at_least
 from ..train import make_folder, place
 from . import show
 from .start import Learned, open_start, resized
@@ -127,7 +127,7 @@ def fit(options: Fit) -> Path:
 
 
 def summary(out: Path) -> str:
-    """One line on what ``fit`` left in a folder: mean score before the first step and at the end."""
+    """One line on what ``fit`` left in a folder: mean score before the first step and after all."""
     with open(out / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     means = {
@@ -184,8 +184,7 @@ def _chunks(options: Fit, learned: Learned) -> Iterator[tuple[list[str], list[An
         return
     if size is not None:
         signal = resized(learned, size)
-    tasks = module(learned.kind).open_all(options.data, signal)
-    tasks = readable(tasks) if options.skip_bad else tasks
+    tasks = module(learned.kind).open_all(options.data, _skipping(signal, options))
     tasks = tasks.take(_named(options, tasks.names))
     many = 1
     if learned.kind == "images":
@@ -195,6 +194,10 @@ def _chunks(options: Fit, learned: Learned) -> Iterator[tuple[list[str], list[An
         yield [tasks.names[i] for i in index], [tasks[i] for i in index], signal
 
 
+def _skipping(signal: Any, options: Fit) -> Any:
+    return dataclasses.replace(signal, skip_bad=options.skip_bad)
+
+
 def _authors(options: Fit) -> bool:
     return Path(options.run).suffix in (".pkl", ".npz")
 
@@ -202,8 +205,7 @@ def _authors(options: Fit) -> bool:
 def _native(source: Path, signal: Any, options: Fit) -> Iterator[tuple[list[str], list[Any], Any]]:
     names: tuple[str | None, ...] = (None,)
     if source.is_dir():
-        found = pictures.open_images(source, channels=signal.channels)
-        found = readable(found) if options.skip_bad else found
+        found = pictures.open_all(source, _skipping(signal, options))
         names = found.take(_named(options, found.names)).names
     for name in names:
         path = source if name is None else source / name

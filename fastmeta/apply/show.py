@@ -287,7 +287,7 @@ def _block(options: Render, found: Fits, at: int, how: dict) -> list[Path]:
 
 
 def _blend(options: Render, found: Fits, first: int, last: int, how: dict) -> list[Path]:
-    """``(1 − u) θ_a + u θ_b``, u = 0 .. 1, seen by the first one's camera on its way to the last's."""
+    """``(1 − u) θ_a + u θ_b``, u = 0 .. 1; the camera of a photo goes along."""
     if found.kind in ("audio", "volumes"):
         came = f"render: to is {found.names[last]} with {found.kind}"
         raise ValueError(f"{came}; accepted with what can be seen: images, ct, views, photos, sdf")

@@ -19,7 +19,7 @@ from ..checkpoint import atomic_write
 from ..meta import baselines
 from ..meta.evaluate import Tuned, rates, reached, ssim, tune
 from ..tasks import module
-from ..tasks.sets import at_least, readable
+from ..tasks.sets import at_least
 from ..train import make_folder, open_data, place, seen_at_test
 from .start import Learned, open_start
 from .write import write_csv, write_text
@@ -173,7 +173,6 @@ def _evaluation_data(options: Eval, learned: Learned) -> tuple[Any, Any]:
         training, _, test = kind.open_splits(options.data, signal, options.seed)
         return training, test
     found = kind.open_all(options.data, signal)
-    found = readable(found) if getattr(signal, "skip_bad", False) else found
     if len(found) < 2:
         raise ValueError(f"eval: {options.data} holds {len(found)} task; accepted are 2 and more")
     spare = min(options.tune_tasks, len(found) // 5 + 1)

@@ -14,13 +14,12 @@ from ..batch import Batch, March, Rays
 from ..ops.adapt import Adapted, adapt
 from ..ops.mlp import mlp
 from ..ops.project import project
-from ..ops.render import render
 from ..rules import Rule
 from ..spec import MLP
+from ..tasks.cameras import render_rays
 from .eikonal import adapt_eikonal
 
 METRICS = ("psnr", "mae")
-_SAMPLES = 2**20  # along rays, in flight when a batch is predicted
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +73,7 @@ def predicted(net: MLP, params: Tensor, batch: Batch, **how: Any) -> Tensor:
     x, measure = batch.x, batch.measure
     if isinstance(measure, March):
         assert isinstance(x, Rays)
-        return _marched(net, params, x, measure, **how)
+        return render_rays(net, params, x, measure, **how)[0].clamp(0, 1)
     assert isinstance(x, Tensor)
     y = mlp(net, params, x, **how)  # [T,N,C]
     y = y.expand(batch.tasks, *y.shape[-2:])
@@ -82,17 +81,6 @@ def predicted(net: MLP, params: Tensor, batch: Batch, **how: Any) -> Tensor:
         return y
     W = batch.y.shape[-1]
     return project(y.reshape(batch.tasks, W, W), measure.angles, **how)
-
-
-def _marched(net: MLP, params: Tensor, rays: Rays, march: March, **how: Any) -> Tensor:
-    T, R, _ = rays.origins.shape
-    many = max(1, _SAMPLES // (T * march.samples))
-    parts = []
-    for at in range(0, R, many):
-        span = slice(at, at + many)
-        part = Rays(rays.origins[:, span], rays.directions[:, span], rays.near, rays.far)
-        parts.append(render(net, params, part, march, **how)[0])
-    return torch.cat(parts, 1).clamp(0, 1)  # [T,R,3]
 
 
 def score(prediction: Tensor, batch: Batch, metric: str = "psnr") -> Tensor:

@@ -31,7 +31,7 @@ from .dicom import from_dicom, list_dicom
 from .files import open_images
 from .images import grid, to_pixels
 from .phantoms import phantom_splits
-from .sets import Shape, TaskSet, at_least, folders_or_split, refuse_changed
+from .sets import Shape, TaskSet, at_least, folders_or_split, readable, refuse_changed
 
 COUNTED, METRIC, PLANAR = "angles", "psnr", True
 
@@ -113,7 +113,7 @@ def open_splits(source: Any, options: CT, seed: int = 0) -> tuple[Any, Any, Any]
         ImportError: DICOM files without pydicom.
     """
     if isinstance(source, str) and source == "phantoms":
-        files = ("hu_low", "hu_high", "validation", "test", "group")
+        files = ("hu_low", "hu_high", "validation", "test", "group", "skip_bad")
         refuse_changed(options, "data phantoms", *files)
         return phantom_splits(options.size, options.phantoms, seed=seed)
     kind, found = _open(source, options)
@@ -150,10 +150,14 @@ def _open(source: Any, options: CT) -> tuple[str, Any]:
         root, names = list_dicom(path)
         if names:
             window = (options.hu_low, options.hu_high)
-            return "DICOM", from_dicom(root, names, options.size, window)
+            return "DICOM", _usable(from_dicom(root, names, options.size, window), options)
         if path.suffix.lower() == ".npz" and path.is_file() and _holds_scans(path):
             return "scans", open_scans(path, options.size)
-    return "images", open_images(source, size=options.size, channels=1)
+    return "images", _usable(open_images(source, size=options.size, channels=1), options)
+
+
+def _usable(found: Any, options: CT) -> Any:
+    return readable(found) if options.skip_bad else found
 
 
 # Scans

@@ -21,7 +21,7 @@ from ..batch import Batch
 from ..ops.mlp import mlp
 from ..spec import COORDS, MLP
 from .files import ImageSet, Splits, open_images, size_pair
-from .sets import Shape, at_least, feed, folders_or_split, not_counted, refuse_changed
+from .sets import Shape, at_least, feed, folders_or_split, not_counted, readable, refuse_changed
 from .sets import split as split
 from .text import text_splits
 
@@ -56,16 +56,17 @@ def open_splits(source: Any, options: Images, seed: int = 0) -> Splits:
     Raises:
         ValueError, OSError: as ``image_splits``; options that "text" leaves without effect.
     """
-    if source != "text":
-        wanted = {f: getattr(options, f) for f in ("validation", "test", "group", "channels")}
-        return image_splits(source, size=options.size, seed=seed, **wanted)
-    refuse_changed(options, "data text", "validation", "test", "group", "channels")
-    return text_splits(options.size, seed=seed)
+    if isinstance(source, str) and source == "text":
+        refuse_changed(options, "data text", "validation", "test", "group", "channels", "skip_bad")
+        return text_splits(options.size, seed=seed)
+    shares: dict[str, Any] = {f: getattr(options, f) for f in ("validation", "test", "group")}
+    return folders_or_split(open_all(source, options), seed=seed, **shares)
 
 
 def open_all(source: Any, options: Images) -> ImageSet:
     """Every image of a source, unsplit."""
-    return open_images(source, size=options.size, channels=options.channels)
+    found = open_images(source, size=options.size, channels=options.channels)
+    return readable(found) if options.skip_bad else found
 
 
 def shape(options: Images) -> Shape:
