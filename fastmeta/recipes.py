@@ -54,7 +54,7 @@ RECIPES = {
             "size": 64, "angles": 20, "network": "fourier", "width": 128, "depth": 5,
             "features": 128, "feature_scale": 10.0, "algorithm": "reptile", "inner_steps": 12,
             "inner_lr": 10.0, "tasks": 1, "lr": 5e-4, "iterations": 2000,
-            "test_counts": (4, 1, 2, 8), "test_steps": 50,
+            "test_counts": (4, 1, 2, 8), "test_steps": 50, "validate_every": 200,
         },
     ),
     "shapenet": Recipe(
@@ -67,8 +67,8 @@ RECIPES = {
         },
         {
             "size": 64, "samples": 48, **_NERF_SMALL, "algorithm": "reptile", "inner_steps": 32,
-            "inner_lr": 0.5, "per_step": 128, "tasks": 1, "lr": 5e-4, "iterations": 2000,
-            "test_counts": (1, 2, 5, 25), "test_steps": 100, "validate_every": 200,
+            "inner_lr": 0.5, "per_step": 128, "tasks": 1, "lr": 5e-4, "iterations": 6000,
+            "test_counts": (1, 2, 5, 25), "test_steps": 400, "validate_every": 500,
             "validate_tasks": 4,
         },
     ),
@@ -95,9 +95,10 @@ RECIPES = {
             "validate_every": 1000, "save_every": 1000,
         },
         {
-            "dimensions": 3, "points": 4096, "loss": "l1", "clamp": 0.1, "network": "relu",
-            "width": 128, "depth": 5, "algorithm": "maml", "inner_steps": 5, "inner_lr": 0.1,
-            "per_step": 1024, "tasks": 4, "lr": 5e-4, "iterations": 1000,
+            "dimensions": 3, "points": 4096, "loss": "mse", "network": "relu", "width": 64,
+            "depth": 5, "algorithm": "maml", "rule": "meta_sgd", "inner_steps": 5, "inner_lr": 0.1,
+            "per_step": 512, "tasks": 4, "lr": 1e-3, "clip": 1.0, "iterations": 2000,
+            "test_steps": 100, "validate_every": 200,
         },
     ),
     "audio": Recipe(

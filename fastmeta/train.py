@@ -112,7 +112,8 @@ class Config(Generic[Signal]):
     validate_every: int = 100
     """outer steps between validations"""
     validate_tasks: int = 16
-    """tasks of the validation part that are scored, at most"""
+    """tasks of the validation part that are scored, at most; without such a part (its share is 0)
+    of those that are learned from"""
     save_every: int = 100
     """outer steps between checkpoints"""
     log_every: int = 10
@@ -276,6 +277,8 @@ def train(config: Config) -> Path:
     net = network(config)
     _check_folder(config)
     training, validation, _ = open_data(config)
+    if len(validation) == 0 and getattr(config.signal, "validation", None) == 0:
+        validation = training  # as was asked for; the best is then the best on what was learned
     if len(training) == 0 or len(validation) == 0:
         came = f"{len(training)} tasks to learn from, {len(validation)} to validate"
         raise ValueError(f"train: {came}; accepted is at least one of each")

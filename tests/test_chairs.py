@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastmeta.tasks import chairs as ch
+from fastmeta.tasks import meshes
 from fastmeta.tasks.cameras import pinhole
 
 # A cube of edge 2, y up: front (+z) red, all else blue.
@@ -106,7 +107,7 @@ def boxed(pose, size, samples=1):
 @pytest.mark.parametrize("view", range(4))
 def test_a_cube_is_where_rays_meet_it(tmp_path, view):
     pose = ch.orbit("cube", 4, seed=3)[view]
-    image = ch.draw(mesh_of(tmp_path), pose, 41, samples=1)
+    image = meshes.draw(mesh_of(tmp_path), pose, 41, samples=1)
     hit, colour = boxed(pose, 41)
     assert 200 < hit.sum() < 41 * 41 and len(np.unique(colour[hit].round(6), axis=0)) >= 2
     np.testing.assert_array_equal(image[..., 3] > 0, hit)
@@ -118,7 +119,7 @@ def test_a_cube_is_where_rays_meet_it(tmp_path, view):
 
 def test_alpha_is_the_share_of_rays_that_hit(tmp_path):
     pose = ch.orbit("cube", 1, seed=5)[0]
-    image = ch.draw(mesh_of(tmp_path), pose, 20, samples=4)
+    image = meshes.draw(mesh_of(tmp_path), pose, 20, samples=4)
     hit, colour = boxed(pose, 20, samples=4)
     blocks = hit.reshape(20, 4, 20, 4).mean((1, 3))
     assert ((blocks > 0) & (blocks < 1)).sum() > 20
@@ -130,7 +131,7 @@ def test_alpha_is_the_share_of_rays_that_hit(tmp_path):
 
 def plane(text, look="newmtl m\nKd 1 1 1\n", **files):
     content = {"a.mtl": look.encode(), **files}
-    return ch.read_obj("mtllib a.mtl\nusemtl m\n" + text, content.get)
+    return meshes.read_obj("mtllib a.mtl\nusemtl m\n" + text, content.get)
 
 
 def png(array):
@@ -150,7 +151,7 @@ def test_textures_lie_in_perspective_and_have_holes():
     look = "newmtl m\nKd 1 0.5 1\nmap_Kd t.png\n"
     mesh = plane(SQUARE, look, **{"t.png": png(texels)})
     pose = ch.orbit("x", 30, seed=1)[np.argmin(np.abs(ch.orbit("x", 30, seed=1)[:, 2, 3] - 1))]
-    image = ch.draw(mesh, pose, 61, samples=1)  # odd: no ray meets the corner of four texels
+    image = meshes.draw(mesh, pose, 61, samples=1)  # odd: no ray meets the corner of four texels
     o, d = rays(pose, 61)
     at = o + d * (-o[2] / d[..., 2])[..., None]  # on z = 0
     u, v = at[..., 0] + 1, (at[..., 1] + 1) / 2  # u from 0 to 2: repeated
@@ -166,12 +167,12 @@ def test_textures_lie_in_perspective_and_have_holes():
 
 @pytest.mark.parametrize("candidates", [1, 1 << 20])
 def test_the_nearest_of_crossing_surfaces_is_seen(monkeypatch, candidates):
-    monkeypatch.setattr(ch, "_CANDIDATES", candidates)
+    monkeypatch.setattr(meshes, "_CANDIDATES", candidates)
     red = "v -1 -1 -.5\nv 1 -1 -.5\nv 1 1 .5\nv -1 1 .5\nf 1 2 3 4\n"  # z = y / 2
     text = red + "usemtl b\nv -1 -1 .2\nv 1 -1 .2\nv 1 1 .2\nv -1 1 .2\nf 5 6 7 8\n"
     mesh = plane(text, "newmtl m\nKd 1 0 0\nnewmtl b\nKd 0 0 1\n")
     for pose in ch.orbit("y", 3, seed=2):
-        image = ch.draw(mesh, pose, 50, samples=1)
+        image = meshes.draw(mesh, pose, 50, samples=1)
         o, d = rays(pose, 50)
         t1 = (o[1] / 2 - o[2]) / (d[..., 2] - d[..., 1] / 2)
         t2 = (0.2 - o[2]) / d[..., 2]
@@ -190,10 +191,10 @@ def test_both_sides_of_a_sheet_are_lit_by_what_they_face():
     mesh = plane(SQUARE)
     pose = np.eye(4)
     pose[2, 3] = 4
-    above = ch.draw(mesh, pose, 9)[4, 4, 0]
+    above = meshes.draw(mesh, pose, 9)[4, 4, 0]
     pose[:3] = np.diag([1, -1, -1, 1])[:3]
     pose[2, 3] = -4
-    below = ch.draw(mesh, pose, 9)[4, 4, 0]
+    below = meshes.draw(mesh, pose, 9)[4, 4, 0]
     wanted = [round(255 * lit(np.array([0, 0, s]))) for s in (1, -1)]
     assert [above, below] == wanted and above > 2 * below
 
@@ -305,7 +306,7 @@ def test_orbit():
 
 def test_the_cameras_are_those_of_real_data(data_path):
     with np.load(data_path("chairs/chairs_64.npz")) as file:
-        assert float(file["camera_angle_x"]) == ch.CAMERA_ANGLE_X
+        assert float(file["camera_angle_x"]) == meshes.CAMERA_ANGLE_X
         check_poses(file["poses"].reshape(-1, 4, 4).astype(float), -1, 3.8)
 
 
@@ -318,14 +319,14 @@ def test_a_folder_of_chairs(tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["chairs"]  # nothing is left beside it
     for name in names:
         data = json.loads((out / name / "transforms.json").read_text())
-        assert data["camera_angle_x"] == ch.CAMERA_ANGLE_X
+        assert data["camera_angle_x"] == meshes.CAMERA_ANGLE_X
         assert [f["file_path"] for f in data["frames"]] == ["./r_000", "./r_001"]
         poses = np.array([f["transform_matrix"] for f in data["frames"]])
         assert (poses == ch.orbit(name, 2, 4)).all()
         with Image.open(out / name / "r_001.png") as file:
             image = np.asarray(file)
         (model,) = (m for m in ch.chair_models(path) if m.name == name)
-        np.testing.assert_array_equal(image, ch.draw(ch.read_model(model), poses[1], 16))
+        np.testing.assert_array_equal(image, meshes.draw(ch.read_model(model), poses[1], 16))
     rows = (out / "ATTRIBUTION.tsv").read_text(encoding="utf-8").splitlines()
     source = "a.sh3f:/maker/Cube 0/cube.obj"
     assert rows[1].split("\t") == [names[0], "Chair", "Ann", "Some licence © 2020", source]
@@ -389,7 +390,7 @@ def test_the_installed_models_look_like_the_real_data(data_path):
     models = {m.name.replace("blendswap", "bs"): m for m in ch.chair_models()}
     assert len(models) == 61 and set(names) <= set(models)
     for k in range(5, len(names), 5):  # not the first, whose cane was drawn otherwise there
-        alpha = ch.draw(ch.read_model(models[names[k]]), poses[k, 0].astype(float), 64)[..., 3]
+        alpha = meshes.draw(ch.read_model(models[names[k]]), poses[k, 0].astype(float), 64)[..., 3]
         alpha, real = alpha / 255, images[k, 0]
         assert alpha.sum() == pytest.approx(real.sum(), rel=0.01)  # 0.4 % at most was seen
         for axis in (0, 1):  # real pixels' middles lie at (i + ½, j + ½), ours at (i, j)

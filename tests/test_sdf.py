@@ -1,4 +1,5 @@
-"""tasks/sdf.py: sources of distances, samples, batches, and what a fitted network shows."""
+"""tasks/sdf.py, fields.py and surface.py: sources of distances, samples, batches, and what a fitted
+network shows."""
 
 import io
 import math
@@ -12,8 +13,10 @@ from PIL import Image
 
 import fastmeta as fm
 from fastmeta import rng
-from fastmeta.tasks import sdf
-from fastmeta.tasks.sdf import SDF, Field, sample, trace
+from fastmeta.tasks import sdf, surface
+from fastmeta.tasks.fields import Field, mesh_field, signed_distance
+from fastmeta.tasks.sdf import SDF, sample
+from fastmeta.tasks.surface import trace
 
 FLAT = SDF(dimensions=2)
 EPS = float(np.finfo(np.float32).eps)
@@ -71,7 +74,7 @@ def test_distances_to_the_edges_of_pixels_are_exact(size):
     for seed in range(4):
         inside = np.random.default_rng(seed).random(size) < (0.1, 0.3, 0.5, 0.9)[seed]
         inside[0, 0], inside[-1, -1] = True, False
-        got = sdf.signed_distance(inside)
+        got = signed_distance(inside)
         assert got.dtype == np.float32 and ((got < 0) == inside).all()
         np.testing.assert_allclose(np.abs(got), to_segments(inside), rtol=2 * EPS)
 
@@ -79,13 +82,13 @@ def test_distances_to_the_edges_of_pixels_are_exact(size):
 def test_a_border_lies_half_way_and_a_disk_is_a_disk():
     edge = np.zeros((8, 8), bool)
     edge[:, :3] = True
-    np.testing.assert_array_equal(sdf.signed_distance(edge)[5], np.arange(-2.5, 5) * 0.25)
+    np.testing.assert_array_equal(signed_distance(edge)[5], np.arange(-2.5, 5) * 0.25)
     n = 101
     true = sphere(0.5)(centres(n, n))
-    got = sdf.signed_distance(true < 0)
+    got = signed_distance(true < 0)
     # edges run within a pixel's half diagonal √2/n of the circle, and each is the end of a pixel
     assert np.abs(got - true).max() < math.sqrt(2) / n
-    assert np.isinf(sdf.signed_distance(edge[:, :3])).all()
+    assert np.isinf(signed_distance(edge[:, :3])).all()
 
 
 # Field
@@ -246,7 +249,7 @@ def drawings(n=5, h=9, w=12):
 def same(tasks, inside):
     assert len(tasks) == len(inside)
     for i, part in enumerate(inside):
-        np.testing.assert_array_equal(tasks[i].values, sdf.signed_distance(part))
+        np.testing.assert_array_equal(tasks[i].values, signed_distance(part))
     return tasks
 
 
@@ -315,6 +318,15 @@ def test_distances_from_everywhere(tmp_path):
     assert sdf.open_all(tmp_path / "grids", SDF()).names[0] == "a.npy"
     plane = sdf.open_all(values[:, 2], FLAT)
     np.testing.assert_array_equal(plane[5].values, values[5, 2])
+
+
+def test_linked_folders_are_followed_but_not_round_in_circles(tmp_path):
+    (tmp_path / "there").mkdir()
+    np.save(tmp_path / "there" / "a.npy", volumes()[0])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "there")
+    (tmp_path / "set" / "up").symlink_to(tmp_path)
+    assert sdf.open_all(tmp_path / "set", SDF()).names == ("linked/a.npy",)
 
 
 def test_a_npz_that_brings_its_split(tmp_path):
@@ -432,7 +444,7 @@ def test_meshes_refused(tmp_path):
     box.update_faces(np.arange(11) > 5)
     box.export(tmp_path / "open.ply")
     with pytest.warns(UserWarning, match="open.ply is not watertight"):
-        sdf.mesh_field(tmp_path / "open.ply", SDF(resolution=8))
+        mesh_field(tmp_path / "open.ply", SDF(resolution=8))
     (tmp_path / "empty.obj").write_text("v 0 0 0\nv 1 0 0\n")
     read = sdf.open_all(tmp_path / "empty.obj", SDF()).__getitem__
     one_line("empty.obj (holds no triangles|cannot be read)", read, 0)
@@ -480,12 +492,12 @@ def test_trace_in_awkward_places():
 
 def test_look_is_a_pose():
     for azimuth, elevation in ((0.3, 0.2), (-2.0, -1.0), (1.0, math.pi / 2)):
-        pose = sdf.look(azimuth, elevation, 2.0)
+        pose = surface.look(azimuth, elevation, 2.0)
         right, up, back = pose[:3, :3].T
         assert error(pose[:3, :3].T @ pose[:3, :3], torch.eye(3)) < 1e-12
         assert torch.linalg.det(pose[:3, :3]).item() == pytest.approx(1)
         assert error(pose[:3, 3], 2 * back) < 1e-12 and right[2] == 0 and up[2] > -1e-12
-    assert sdf.look(0.0, 0.0)[:3].tolist() == [[0, 0, 1, 3.2], [1, 0, 0, 0], [0, 1, 0, 0]]
+    assert surface.look(0.0, 0.0)[:3].tolist() == [[0, 0, 1, 3.2], [1, 0, 0, 0], [0, 1, 0, 0]]
 
 
 def test_the_picture_of_a_plane_has_one_colour():
@@ -494,9 +506,9 @@ def test_the_picture_of_a_plane_has_one_colour():
     (w, _), (out, _) = net.layers(params)
     w.copy_(torch.eye(3))
     out.copy_(torch.tensor([[0.0, 0.0, 4.0]]))  # f = 4 z: not a distance
-    for view in ((0.5, 0.7), sdf.look(0.5, 0.7).float()):
-        image = sdf.shaded(net, params, view, 33)
-        pose = sdf.look(0.5, 0.7)
+    for view in ((0.5, 0.7), surface.look(0.5, 0.7).float()):
+        image = surface.shaded(net, params, view, 33)
+        pose = surface.look(0.5, 0.7)
         light = pose[:3, :3] @ torch.tensor([-0.5, 0.7, 1.0], dtype=torch.float64)
         shade = 0.3 + 0.9 * float(light[2] / light.norm())
         wanted = torch.tensor([0.62, 0.70, 0.82]) * shade
@@ -522,10 +534,10 @@ def test_the_outline_of_a_ball_from_grid_and_network():
     grid = field(lambda x: np.abs(x).sum(-1) - 0.6, 65, 65, 65)
     both = sdf.picture(net, params, grid, options, size=size), sdf.truth(grid, options, size=size)
     assert (both[0] - both[1]).abs().amax(-1).gt(0.05).float().mean() < 0.02  # edges are rounder
-    one_line("view has shape", sdf.shaded, net, params, torch.eye(3))
+    one_line("view has shape", surface.shaded, net, params, torch.eye(3))
     empty = params.clone()
     empty[-1] = 5.0
-    assert sdf.shaded(net, empty, size=8).eq(1).all()
+    assert surface.shaded(net, empty, size=8).eq(1).all()
 
 
 def test_a_curve_as_a_picture():
@@ -554,19 +566,21 @@ def volume(vertices, faces):
 
 def test_marching_cubes_of_an_octahedron():
     net, params = octahedron(0.6)
-    vertices, faces = sdf.mesh(net, params, 41)
+    vertices, faces = surface.mesh(net, params, 41)
     assert vertices.dtype == torch.float32 and faces.dtype == torch.int64
     assert (vertices.abs().sum(1) - 0.6).abs().max() < 1e-5  # 0.6 and 0 are on the grid: linear
     assert volume(vertices, faces) == pytest.approx(4 / 3 * 0.6**3, rel=1e-4)
     edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     assert len(edges.unique(dim=0)) == len(edges)  # watertight: each edge once in each direction
     assert edges.flip(1).unique(dim=0).equal(edges.unique(dim=0))
-    wide, _ = sdf.mesh(net, params.double(), 21, bound=3.0)
+    wide, _ = surface.mesh(net, params.double(), 21, bound=3.0)
     assert (wide.abs().sum(1) - 0.6).abs().max() < 0.3 + 1e-6
-    one_line("goes from -0.6 to -0.15 in the box, so there is no", sdf.mesh, net, params, 9, 0.15)
-    one_line("net goes from 2 to 1 features", sdf.mesh, *octahedron(inputs=2))
-    one_line("resolution is 1, bound 1.0", sdf.mesh, net, params, 1)
-    one_line("accepted are resolution >= 2 and bound > 0", sdf.mesh, net, params, 9, math.inf)
+    one_line(
+        "goes from -0.6 to -0.15 in the box, so there is no", surface.mesh, net, params, 9, 0.15
+    )
+    one_line("net goes from 2 to 1 features", surface.mesh, *octahedron(inputs=2))
+    one_line("resolution is 1, bound 1.0", surface.mesh, net, params, 1)
+    one_line("accepted are resolution >= 2 and bound > 0", surface.mesh, net, params, 9, math.inf)
 
 
 def parsed_ply(data):
@@ -581,27 +595,31 @@ def parsed_ply(data):
 
 
 def test_mesh_files():
-    vertices, faces = sdf.mesh(*octahedron(), 15)
-    v, f = parsed_ply(sdf.mesh_bytes(vertices, faces, "ply"))
+    vertices, faces = surface.mesh(*octahedron(), 15)
+    v, f = parsed_ply(surface.mesh_bytes(vertices, faces, "ply"))
     np.testing.assert_array_equal(v, vertices)
     np.testing.assert_array_equal(f, faces)
-    lines = [line.split() for line in sdf.mesh_bytes(vertices, faces, "obj").decode().splitlines()]
+    lines = [
+        line.split() for line in surface.mesh_bytes(vertices, faces, "obj").decode().splitlines()
+    ]
     v = np.array([line[1:] for line in lines if line[0] == "v"], float)
     np.testing.assert_allclose(v, vertices, atol=5.1e-7)
     f = np.array([line[1:] for line in lines if line[0] == "f"], int)
     np.testing.assert_array_equal(f - 1, faces)
-    one_line("kind is 'stl'; accepted are ply and obj", sdf.mesh_bytes, vertices, faces, "stl")
+    one_line("kind is 'stl'; accepted are ply and obj", surface.mesh_bytes, vertices, faces, "stl")
     for bad in ((vertices[:, :2], faces), (vertices, faces[:, :2]), (vertices / 0, faces)):
-        one_line("accepted are finite", sdf.mesh_bytes, *bad, "ply")
-    one_line("accepted are 0 to 1", sdf.mesh_bytes, vertices[:2], faces, "ply")
-    one_line("faces go from -1", sdf.mesh_bytes, vertices, faces - 1, "ply")
+        one_line("accepted are finite", surface.mesh_bytes, *bad, "ply")
+    one_line("accepted are 0 to 1", surface.mesh_bytes, vertices[:2], faces, "ply")
+    one_line("faces go from -1", surface.mesh_bytes, vertices, faces - 1, "ply")
 
 
 @pytest.mark.parametrize("kind", ["ply", "obj"])
 def test_mesh_files_open_elsewhere(kind):
     trimesh = pytest.importorskip("trimesh")
-    vertices, faces = sdf.mesh(*octahedron(0.617), 40)  # through no sample: no empty triangle
-    opened = trimesh.load_mesh(io.BytesIO(sdf.mesh_bytes(vertices, faces, kind)), file_type=kind)
+    vertices, faces = surface.mesh(*octahedron(0.617), 40)  # through no sample: no empty triangle
+    opened = trimesh.load_mesh(
+        io.BytesIO(surface.mesh_bytes(vertices, faces, kind)), file_type=kind
+    )
     assert opened.is_watertight and len(opened.faces) == len(faces)
     assert opened.volume == pytest.approx(volume(vertices, faces), rel=1e-4)
 
@@ -609,12 +627,12 @@ def test_mesh_files_open_elsewhere(kind):
 def test_iou_counts_cells():
     net, params = octahedron(0.6)
     x = np.abs(centres(10, 10, 10)).sum(-1)
-    assert sdf.iou(net, params, field(lambda c: np.abs(c).sum(-1) - 0.6, 10, 10, 10)) == 1.0
+    assert surface.iou(net, params, field(lambda c: np.abs(c).sum(-1) - 0.6, 10, 10, 10)) == 1.0
     small = field(lambda c: np.abs(c).sum(-1) - 0.45, 10, 10, 10)
-    assert sdf.iou(net, params, small) == pytest.approx((x < 0.45).sum() / (x < 0.6).sum())
+    assert surface.iou(net, params, small) == pytest.approx((x < 0.45).sum() / (x < 0.6).sum())
     moved = field(lambda c: sphere(0.5)(c - 0.2), 10, 10, 10)
     a, b = x < 0.6, sphere(0.5)(centres(10, 10, 10) - 0.2) < 0
-    assert sdf.iou(net, params, moved) == pytest.approx((a & b).sum() / (a | b).sum())
+    assert surface.iou(net, params, moved) == pytest.approx((a & b).sum() / (a | b).sum())
 
 
 # real data
@@ -652,8 +670,8 @@ def test_a_chair_is_fitted(data_path):
     theta = fm.adapt(net, init, batch, 300, 3e-3, rule="adam").params[0]
     before, after = (fm.loss_grad(net, p, batch.query)[0].item() for p in (init, theta))
     assert after < 0.1 * before and after < 0.015
-    assert sdf.iou(net, theta, tasks[44]) > 0.4 > 4 * sdf.iou(net, init, tasks[44])
-    vertices, _ = sdf.mesh(net, theta, 48)
+    assert surface.iou(net, theta, tasks[44]) > 0.4 > 4 * surface.iou(net, init, tasks[44])
+    vertices, _ = surface.mesh(net, theta, 48)
     near = tasks[44].at(vertices).abs()
     assert near.median() < 0.02
 

@@ -1,4 +1,5 @@
-"""tasks/audio.py and tasks/volumes.py: what is read from where, and the batches made of it."""
+"""tasks/audio.py, volumes.py, arrays.py and grids.py: what is read from where, and the batches made
+of it."""
 
 import io
 import struct
@@ -13,8 +14,9 @@ import torch
 import fastmeta as fm
 from fastmeta import rng
 from fastmeta.spec import MLP, siren
-from fastmeta.tasks import audio, images, volumes
+from fastmeta.tasks import arrays, audio, images, volumes
 from fastmeta.tasks.audio import Audio
+from fastmeta.tasks.grids import lattice
 from fastmeta.tasks.volumes import Volumes
 
 
@@ -464,12 +466,37 @@ def test_bad_volumes_are_left_out_on_demand(tmp_path):
     assert tasks.names == ("0.npy", "2.npy")
 
 
+# what every kind of signal opens its sources through
+
+
+def test_npz_is_refused_by_its_headers(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    np.savez(path, a=noise(5, 3), b=np.zeros((2, 2)), c=np.array([None]))
+    heads = arrays.npz_heads("x", path, ("b", "gone", "a"))
+    assert list(heads.items()) == [("b", ((2, 2), np.float64)), ("a", ((5, 3), np.int16))]
+    assert list(arrays.npz_heads("x", path)) == ["a", "b", "c"]
+    read = arrays.read_npz("x", path, heads, 32 + 30)
+    assert (read["a"] == noise(5, 3)).all() and (read["b"] == 0).all() and len(read) == 2
+    monkeypatch.setattr(np, "load", None)  # nothing below gets as far as the data
+    match = "x: .*a.npz needs 62 bytes, memory is 61; a .npz is read whole: buy more"
+    one_line(match, arrays.read_npz, "x", path, heads, 61, "buy more")
+    heads = arrays.npz_heads("x", path, "c")
+    one_line("x: c in .*a.npz is pickled; accepted are plain", arrays.read_npz, "x", path, heads)
+
+
+def test_tensors_as_arrays():
+    values = torch.tensor([1.5, -2.0], dtype=torch.bfloat16, requires_grad=True)
+    got = arrays.as_array(values)
+    assert got.dtype == np.float32 and got.tolist() == [1.5, -2.0]
+    assert arrays.as_array("path") == "path"
+
+
 # volumes: tasks
 
 
 @pytest.mark.parametrize("coords", ["unit", "unit_xy", "centers", "corners"])
 def test_lattice(coords):
-    got = volumes.lattice((3, 4, 1), coords).view(3, 4, 1, 3)
+    got = lattice((3, 4, 1), coords).view(3, 4, 1, 3)
     for place in np.ndindex(3, 4, 1):
         at = [
             {"unit": i / n, "unit_xy": i / n, "centers": (2 * i + 1) / n - 1,
@@ -478,8 +505,8 @@ def test_lattice(coords):
         ]  # fmt: skip
         wanted = np.array(at[::-1] if coords == "unit_xy" else at, np.float32)
         np.testing.assert_array_equal(got[place].numpy(), wanted)
-    assert volumes.lattice((5, 7), coords).equal(images.grid(5, 7, coords))
-    one_line("lattice: coords is 'world'", volumes.lattice, (2,), "world")
+    assert lattice((5, 7), coords).equal(images.grid(5, 7, coords))
+    one_line("grid: coords is 'world'; accepted for samples are unit,", lattice, (2,), "world")
 
 
 def test_volume_batches():
@@ -498,7 +525,7 @@ def test_volume_batches():
 def test_pictures_are_the_middle_slices():
     net = siren(3, 1, width=8, depth=3, w0=3.0)
     params = net.init(1, generator=torch.Generator().manual_seed(0))[0]
-    item = fm.mlp(net, params, volumes.lattice((5, 5, 5))).view(5, 5, 5, 1).detach()
+    item = fm.mlp(net, params, lattice((5, 5, 5))).view(5, 5, 5, 1).detach()
     options = Volumes(size=5)
     truth = volumes.truth(item, options)
     assert truth.shape == (5, 15, 1)

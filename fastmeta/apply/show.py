@@ -4,6 +4,7 @@ poses, appearances in between, meshes, images and sound at any resolution."""
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from .. import viz
 from ..checkpoint import atomic_write, load_tensors, spec_from_json
 from ..ops.mlp import mlp
 from ..spec import MLP
-from ..tasks import audio, cameras, images, module, options, phototourism, sdf, views, volumes
+from ..tasks import audio, cameras, images, module, options, phototourism, surface, views
+from ..tasks.grids import lattice
 from ..tasks.sets import at_least
 from ..train import make_folder, place
 
@@ -33,7 +35,7 @@ def export(
     """
     name = stem.name
     if kind == "audio":
-        x = volumes.lattice((len(item),), net.coords).to(params)
+        x = lattice((len(item),), net.coords).to(params)
         data = audio.wav_bytes(mlp(net, params, x, **how), signal.rate or 16000)
         return _write(stem.with_name(f"{name}.wav"), data)
     if kind == "volumes":
@@ -88,7 +90,7 @@ class Render:
     resolution: int = 128
     """cells along each side in which a surface is looked for"""
     video: Literal["both", "gif", "mp4"] = "both"
-    """mp4 needs imageio-ffmpeg"""
+    """mp4 needs imageio-ffmpeg; both: without it the gif alone, and a warning"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
     threads: int | None = None
@@ -257,16 +259,16 @@ def _surface(options: Render, found: Fits, at: int, how: dict) -> list[Path]:
         size = (height, max(1, round(W * height / H)))
         x = images.grid(*size, "centers").to(params)
         path = options.out / f"{name}-{height}.png"
-        viz.save_png(path, sdf.contours(mlp(net, params, x, **how)[:, 0].view(size)))
+        viz.save_png(path, surface.contours(mlp(net, params, x, **how)[:, 0].view(size)))
         return [path]
     made = [
         _mesh(options.out / f"{name}.{ending}", net, params, options.resolution, how)
         for ending in ("ply", "obj")
     ]
     written = [path for path in made if path is not None]
-    pixels, elevation = options.size or sdf.PIXELS, options.elevation * torch.pi / 180
+    pixels, elevation = options.size or surface.PIXELS, options.elevation * torch.pi / 180
     turns = [2 * torch.pi * i / options.frames for i in range(options.frames)]
-    frames = [sdf.shaded(net, params, (turn, elevation), pixels, **how) for turn in turns]
+    frames = [surface.shaded(net, params, (turn, elevation), pixels, **how) for turn in turns]
     return written + _videos(options, options.out / f"{name}-turn", frames)
 
 
@@ -274,7 +276,7 @@ def _sound(options: Render, found: Fits, at: int, how: dict) -> list[Path]:
     """The same stretch of time in ``size`` samples."""
     task = found.tasks[at]
     length = options.size or task["length"]
-    x = volumes.lattice((length,), found.net.coords).to(found.params)
+    x = lattice((length,), found.net.coords).to(found.params)
     rate = round(task["rate"] * length / task["length"])
     data = audio.wav_bytes(mlp(found.net, found.params[at], x, **how), rate)
     return [_write(options.out / f"{_file(found.names[at])}-{length}.wav", data)]
@@ -320,11 +322,13 @@ def _blend(options: Render, found: Fits, first: int, last: int, how: dict) -> li
 
 def _field(options: Render, found: Fits, at: int, how: dict) -> Tensor:
     if found.tasks[at]["dimensions"] == 3:
-        view = (sdf.VIEW[0], options.elevation * torch.pi / 180)
-        return sdf.shaded(found.net, found.params[at], view, options.size or sdf.PIXELS, **how)
+        view = (surface.VIEW[0], options.elevation * torch.pi / 180)
+        return surface.shaded(
+            found.net, found.params[at], view, options.size or surface.PIXELS, **how
+        )
     H, W = size = tuple(found.tasks[at]["size"])
     x = images.grid(H, W, "centers").to(found.params)
-    return sdf.contours(mlp(found.net, found.params[at], x, **how)[:, 0].view(size))
+    return surface.contours(mlp(found.net, found.params[at], x, **how)[:, 0].view(size))
 
 
 # Files
@@ -335,7 +339,13 @@ def _videos(options: Render, stem: Path, frames: Sequence[Tensor]) -> list[Path]
     written = []
     for ending in endings:
         path = stem.with_name(f"{stem.name}.{ending}")
-        viz.save_video(path, frames, options.fps)
+        try:
+            viz.save_video(path, frames, options.fps)
+        except ImportError as error:
+            if options.video != "both":
+                raise
+            warnings.warn(f"{path.name} left out: {error}", stacklevel=2)
+            continue
         written.append(path)
     return written
 
@@ -343,12 +353,12 @@ def _videos(options: Render, stem: Path, frames: Sequence[Tensor]) -> list[Path]
 def _mesh(path: Path, net: MLP, params: Tensor, resolution: int, how: dict) -> Path | None:
     """A mesh file; None where the field has no surface yet."""
     try:
-        vertices, faces = sdf.mesh(net, params, resolution, **how)
+        vertices, faces = surface.mesh(net, params, resolution, **how)
     except ValueError as error:
         if "surface" not in str(error):
             raise
         return None
-    return _write(path, sdf.mesh_bytes(vertices, faces, path.suffix[1:]))  # type: ignore[arg-type]
+    return _write(path, surface.mesh_bytes(vertices, faces, path.suffix[1:]))  # type: ignore[arg-type]
 
 
 def _volume(net: MLP, params: Tensor, size: Sequence[int], how: dict) -> bytes:
@@ -357,7 +367,7 @@ def _volume(net: MLP, params: Tensor, size: Sequence[int], how: dict) -> bytes:
 
     import numpy as np
 
-    x = volumes.lattice(tuple(size), net.coords).to(params)
+    x = lattice(tuple(size), net.coords).to(params)
     values = torch.cat([mlp(net, params, part, **how) for part in x.split(2**17)])
     buffer = io.BytesIO()
     np.save(buffer, values.view(*size, -1).cpu().numpy(), allow_pickle=False)

@@ -84,15 +84,19 @@ def predicted(net: MLP, params: Tensor, batch: Batch, **how: Any) -> Tensor:
 
 
 def score(prediction: Tensor, batch: Batch, metric: str = "psnr") -> Tensor:
-    """[T] in dB over the valid points: psnr ``−10 log10 mean(e²)``, mae ``−20 log10 mean|e|``.
+    """[T] in dB over the valid points: psnr ``−10 log10 mean(e²)``, mae ``−20 log10 mean|e|``, both
+    sides clipped where the batch's loss clips them.
 
     Args:
         prediction: [T,N,C], as ``predicted``.
     """
     if metric not in METRICS:
         raise ValueError(f"score: metric is {metric!r}; accepted are {', '.join(METRICS)}")
-    power = 2 if metric == "psnr" else 1
-    error = (prediction - batch.y).abs() ** power  # [T,N,C]
+    power, clamp = 2 if metric == "psnr" else 1, batch.loss_parts[1]
+    target = batch.y
+    if clamp is not None:
+        prediction, target = prediction.clamp(-clamp, clamp), target.clamp(-clamp, clamp)
+    error = (prediction - target).abs() ** power  # [T,N,C]
     if batch.counts is None:
         mean = error.mean((1, 2))
     else:

@@ -23,19 +23,9 @@ from torch import Tensor
 from ..batch import Batch
 from ..ops.mlp import mlp
 from ..spec import MLP
+from .arrays import Stored, by_file, existing, kept, list_files, open_array, skipped
+from .grids import grid_batch, lattice, scored_whole
 from .sets import Shape, TaskSet, at_least, folders_or_split, not_counted
-from .volumes import (
-    Stored,
-    by_file,
-    existing,
-    grid_batch,
-    kept,
-    lattice,
-    list_files,
-    open_array,
-    scored_whole,
-    skipped,
-)
 
 COUNTED, METRIC, PLANAR = None, "psnr", False
 _SOURCES = "accepted are a folder of wav, a wav, npy, npz, and an array [n,N] or [n,N,C]"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..batch import Batch, Project
 from ..ops.mlp import mlp
 from ..ops.project import project
 from ..spec import MLP
+from .arrays import DAMAGE, one_line
 from .dicom import from_dicom, list_dicom
 from .files import open_images
 from .images import grid, to_pixels
@@ -199,15 +199,12 @@ def open_scans(path: str | os.PathLike[str], size: int) -> TaskSet:
     return TaskSet(lambda row: Scan(y[row], theta[row]), tuple(names.tolist()))
 
 
-_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-
-
 def _holds_scans(path: Path) -> bool:
     """Whether an .npz has a sinogram; one that is damaged is left to who reads images."""
     try:
         with zipfile.ZipFile(path) as file:
             return "sinogram.npy" in file.namelist()
-    except _DAMAGE:
+    except DAMAGE:
         return False
 
 
@@ -216,9 +213,9 @@ def _load_scans(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {key: file[key] for key in ("sinogram", "angles", "names") if key in file}
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"ct: {path} is no readable .npz of plain arrays ({reason})") from error
+    except DAMAGE as error:
+        came = f"{path} is no readable .npz of plain arrays ({one_line(error)})"
+        raise ValueError(f"ct: {came}") from error
     for key in ("sinogram", "angles"):
         if key not in found:
             came = f"{path} holds no array called {key!r}"

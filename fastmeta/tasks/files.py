@@ -5,10 +5,6 @@ Nothing here knows of networks; ``images.py`` makes tasks of what this reads.
 
 from __future__ import annotations
 
-import math
-import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import as_array, existing, files_below, map_npy, npz_heads, one_line, read_npz
+
 FORMATS = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm")
-_ENDINGS = tuple(f".{name}" for name in FORMATS)
+ENDINGS = tuple(f".{name}" for name in FORMATS)
 _SOURCES = f"accepted are a folder, {', '.join(FORMATS)}, npy, npz, and an array [n,H,W,C]"
 _HEADERS = 10_000  # files looked into when a set is opened
-
-_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # numpy's
 
 
 @dataclass
@@ -126,29 +122,19 @@ def open_images(
     if channels not in (1, 3) or memory < 0:
         came = f"channels is {channels!r}, memory {memory}"
         raise ValueError(f"images: {came}; accepted are channels 1 or 3, memory >= 0 bytes")
-    if isinstance(source, Tensor):
-        source = source.detach().cpu()
-        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    source = as_array(source)
     if isinstance(source, np.ndarray):
         return _from_array("the array", source, None, size, channels, memory)
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"images: source is a {type(source).__name__}; {_SOURCES}")
-    path = Path(source).expanduser()
+    path = existing("images", source, _SOURCES)
     suffix = path.suffix.lower()
     if path.is_dir():
         return _from_files(path, _list(path), size, channels, memory)
-    if not path.exists():
-        raise FileNotFoundError(f"images: {path} does not exist; {_SOURCES}")
     if suffix == ".npy":
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except _DAMAGE as error:
-            raise ValueError(f"images: {path} is no readable .npy ({_line(error)})") from error
-        return _from_array(str(path), array, None, size, channels, memory)
+        return _from_array(str(path), map_npy("images", path), None, size, channels, memory)
     if suffix == ".npz":
         array, names = _load_npz(path, memory)
         return _from_array(str(path), array, names, size, channels, memory - array.nbytes)
-    if suffix not in _ENDINGS:
+    if suffix not in ENDINGS:
         raise ValueError(f"images: {path} ends in {path.suffix!r}; {_SOURCES}")
     return _from_files(path.parent, [path.name], size, channels, memory)
 
@@ -169,25 +155,19 @@ def _is_size(n: Any) -> bool:
 
 
 def _list(root: Path) -> list[str]:
-    """Images below a folder; links to folders are followed unless they lead back up."""
-    names = []
-    for folder, below, files in os.walk(root, followlinks=True):
-        here = Path(folder)
-        above = {here.resolve(), *here.resolve().parents}
-        below[:] = [d for d in below if d[0] != "." and (here / d).resolve() not in above]
-        fitting = (f for f in files if f[0] != "." and f.lower().endswith(_ENDINGS))
-        names += [(here.relative_to(root) / f).as_posix() for f in fitting]
+    """Images below a folder, ``files_below``."""
+    names = files_below(root, ENDINGS)
     if not names:
         arrays = sorted(p.name for p in root.iterdir() if p.suffix.lower() in (".npy", ".npz"))
         hint = f"; {arrays[0]} in it can be given by its own path" if arrays else ""
         raise ValueError(f"images: {root} holds no image, accepted are {', '.join(FORMATS)}{hint}")
-    return sorted(names)
+    return names
 
 
 def _from_files(
     root: Path, names: list[str], size: tuple[int, int] | None, channels: int, memory: int
 ) -> ImageSet:
-    heads = [_with_image(root, n, _head) for n in (names[:_HEADERS] if size else names)]
+    heads = [with_image(root, n, _head) for n in (names[:_HEADERS] if size else names)]
     if size is None:
         size = heads[0]
         for name, head in zip(names, heads, strict=True):
@@ -206,12 +186,12 @@ def _from_files(
         return ImageOps.exif_transpose(image)
 
     def read(row: int) -> np.ndarray:
-        return _fit(_with_image(root, names[row], load), names[row], size, channels)
+        return _fit(with_image(root, names[row], load), names[row], size, channels)
 
     return ImageSet(read, tuple(names), size, channels, Memory(memory))
 
 
-def _with_image(root: Path, name: str, use: Callable[[Any], Any]) -> Any:
+def with_image(root: Path, name: str, use: Callable[[Any], Any]) -> Any:
     """``use(image)`` of an opened file; whatever goes wrong in a decoder becomes one line."""
     from PIL import Image
 
@@ -219,9 +199,9 @@ def _with_image(root: Path, name: str, use: Callable[[Any], Any]) -> Any:
         with open(root / name, "rb") as file:
             return use(Image.open(file))
     except (FileNotFoundError, PermissionError) as error:
-        raise type(error)(f"images: {name} cannot be opened ({_line(error)})") from error
+        raise type(error)(f"images: {name} cannot be opened ({one_line(error)})") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damage
-        what = f"images: {name} is truncated or not an image (Pillow: {_line(error)})"
+        what = f"images: {name} is truncated or not an image (Pillow: {one_line(error)})"
         raise OSError(f"{what}; accepted are {', '.join(FORMATS)}") from error
 
 
@@ -230,10 +210,6 @@ def _head(image: Any) -> tuple[int, int]:
     known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
     turned = known and image.getexif().get(0x0112) in (5, 6, 7, 8)
     return image.size if turned else image.size[::-1]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _from_array(
@@ -270,42 +246,20 @@ def _from_array(
 
 def _load_npz(path: Path, memory: int) -> tuple[np.ndarray, list[str] | None]:
     """(images, names or None); shapes and dtypes come from the headers, before any data."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            members = [n for n in file.namelist() if n.endswith(".npy")]
-            heads = {n.removesuffix(".npy"): _npy_head(file, n) for n in members}
-    except _DAMAGE as error:
-        raise ValueError(f"images: {path} is no readable .npz ({_line(error)})") from error
+    heads = npz_heads("images", path)
     fitting = [key for key, (shape, _) in heads.items() if len(shape) in (3, 4)]
     key = fitting[0] if len(fitting) == 1 and "images" not in heads else "images"
     if key not in heads:
         accepted = 'accepted is an array called "images", or a single one of 3 or 4 axes'
         raise ValueError(f"images: {path} holds {', '.join(heads) or 'no array'}; {accepted}")
-    wanted = [name for name in (key, "names") if name in heads]
-    for name in wanted:
-        if heads[name][1].hasobject:
-            raise ValueError(f"images: {name} in {path} is pickled; accepted are plain arrays")
-    need = sum(math.prod(heads[name][0]) * heads[name][1].itemsize for name in wanted)
-    if need > memory:
-        advice = "a .npz is read whole: save it as .npy, which is not, or give more memory"
-        raise ValueError(f"images: {path} needs {need} bytes, memory is {memory}; {advice}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            array, *names = (file[name] for name in wanted)
-    except _DAMAGE as error:
-        raise ValueError(f"images: {path} is damaged ({_line(error)})") from error
-    if names and (names[0].shape != array.shape[:1] or names[0].dtype.kind not in "US"):
-        came = f"{names[0].dtype} {names[0].shape}"
+    some = {name: heads[name] for name in (key, "names") if name in heads}
+    instead = "save it as .npy, which is not, or give more memory"
+    found = read_npz("images", path, some, memory, instead)
+    array, names = found[key], found.get("names")
+    if names is not None and (names.shape != array.shape[:1] or names.dtype.kind not in "US"):
+        came = f"{names.dtype} {names.shape}"
         raise ValueError(f"images: names in {path} is {came}; accepted are {len(array)} strings")
-    return array, names[0].astype(str).tolist() if names else None
-
-
-def _npy_head(file: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    with file.open(name) as member:
-        one = np.lib.format.read_magic(member) == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-    return shape, dtype
+    return array, None if names is None else names.astype(str).tolist()
 
 
 # Pixels

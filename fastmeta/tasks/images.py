@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor
 from .. import rng
 from ..batch import Batch
 from ..ops.mlp import mlp
-from ..spec import COORDS, MLP
+from ..spec import MLP
 from .files import ImageSet, Splits, open_images, size_pair
+from .grids import lattice
 from .sets import Shape, at_least, feed, folders_or_split, not_counted, readable, refuse_changed
 from .sets import split as split
 from .text import text_splits
@@ -137,25 +137,7 @@ def grid(height: int, width: int, coords: str = "unit") -> Tensor:
     corners: ``(2i/(H−1) − 1, 2j/(W−1) − 1)``, and 0 along an axis of one pixel.
     Raises ValueError for "world" and for what is not in ``spec.COORDS``.
     """
-    return _grid(height, width, coords, torch.device("cpu"), torch.float32).clone()
-
-
-@lru_cache(maxsize=16)
-def _grid(height: int, width: int, coords: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``grid`` on a device, in a dtype; cached, never to be written to."""
-    if coords not in COORDS or coords == "world":
-        accepted = ", ".join(name for name in COORDS if name != "world")
-        raise ValueError(f"grid: coords is {coords!r}; accepted for pixels are {accepted}")
-
-    def axis(n: int) -> Tensor:
-        i = torch.arange(n, dtype=torch.float64)
-        if coords == "centers":
-            return (2 * i + 1) / n - 1
-        return (2 * i / (n - 1) - 1 if n > 1 else i) if coords == "corners" else i / n
-
-    i, j = torch.meshgrid(axis(height), axis(width), indexing="ij")
-    pair = (j, i) if coords == "unit_xy" else (i, j)
-    return torch.stack(pair, -1).reshape(-1, 2).to(device, dtype)
+    return lattice((height, width), coords).clone()
 
 
 def image_batch(
@@ -185,7 +167,7 @@ def image_batch(
     if (net.in_features, net.out_features) != (2, C):
         came = f"net goes from {net.in_features} to {net.out_features} features"
         raise ValueError(f"image_batch: {came}; accepted for these images is 2 to {C}")
-    x = _grid(H, W, net.coords, images.device, images.dtype)  # [N,2]
+    x = lattice((H, W), net.coords, images.device, images.dtype)  # [N,2]
     y = images.reshape(T, H * W, C)
     if seen is None:
         return Batch(x, y, seed=seed, per_step=per_step)

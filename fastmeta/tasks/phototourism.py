@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..batch import Batch, March, Rays
 from ..spec import MLP
+from .arrays import DAMAGE, one_line
 from .cameras import Seen, check_kinv, check_poses, ray_batch, rays_from_kinv, render_rays
-from .files import _DAMAGE, _ENDINGS, Memory, _line, _with_image
+from .files import ENDINGS, Memory, with_image
 from .sets import Shape, TaskSet, at_least, by_part, not_counted, readable, split
 from .views import check_march
 
@@ -140,7 +141,7 @@ def open_all(source: Any, options: Phototourism) -> TaskSet:
     if not folder.is_dir():
         raise FileNotFoundError(f"phototourism: {folder} is no folder; {_SOURCES}")
     files = sorted(p.name for p in folder.iterdir())
-    names = tuple(n for n in files if n[:1] != "." and n.lower().endswith(_ENDINGS))
+    names = tuple(n for n in files if n[:1] != "." and n.lower().endswith(ENDINGS))
     if not names:
         raise ValueError(f"phototourism: {folder} holds no image; {_SOURCES}")
     arrays = _arrays(root, len(names))
@@ -180,8 +181,8 @@ def _arrays(root: Path, count: int) -> dict[str, np.ndarray]:
             array = np.load(path, allow_pickle=False)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"phototourism: {path} is absent; {_SOURCES}") from error
-        except _DAMAGE as error:
-            came = f"{path} is no readable .npy ({_line(error)})"
+        except DAMAGE as error:
+            came = f"{path} is no readable .npy ({one_line(error)})"
             raise ValueError(f"phototourism: {came}; {_SOURCES}") from error
         wanted = (count, *accepted)
         if (
@@ -226,7 +227,7 @@ def _pixels(
             raise ValueError(f"mode {image.mode}, accepted are 8 bits a channel")
         return image.convert("RGB"), image.height, image.width
 
-    image, H, W = _with_image(folder, name, use)
+    image, H, W = with_image(folder, name, use)
     if size not in (None, [H, W]):
         came = f"{name} has {H} x {W} pixels, res_mats.npy says {size[0]:g} x {size[1]:g}"
         raise ValueError(f"phototourism: {came}; accepted are equal sizes (height, width)")

@@ -9,7 +9,6 @@ import json
 import math
 import posixpath
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from .arrays import npz_heads, one_line, read_npz
 from .cameras import check_poses
-from .files import _DAMAGE, _ENDINGS, _line, _npy_head, _with_image
+from .files import ENDINGS, with_image
 
 if TYPE_CHECKING:
     from .views import Views
@@ -86,7 +86,7 @@ def open_folder(root: Path, options: Views) -> Source:
 
     def pixels(row: int, known: Described) -> list[np.ndarray]:
         above = folders[row].parent
-        return [_with_image(above, f"{names[row]}/{file}", _rgba) for file in known.files]
+        return [with_image(above, f"{names[row]}/{file}", _rgba) for file in known.files]
 
     return Source(names, describe, pixels, None if single else _parts(root, names, options))
 
@@ -96,7 +96,7 @@ def _is_object(folder: Path) -> bool:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(p.suffix.lower() in _ENDINGS for p in folder.iterdir())
+    return any(p.suffix.lower() in ENDINGS for p in folder.iterdir())
 
 
 def _of_folder(folder: Path, name: str, options: Views) -> Described:
@@ -122,7 +122,7 @@ def _frames(folder: Path, name: str, file: str) -> tuple[Any, list[str], list[An
         matrices = [frame["transform_matrix"] for frame in frames]
     except (KeyError, TypeError) as error:
         accepted = "camera_angle_x and frames, each with file_path and transform_matrix"
-        came = f"{where} lacks what it needs ({type(error).__name__}: {_line(error)})"
+        came = f"{where} lacks what it needs ({type(error).__name__}: {one_line(error)})"
         raise ValueError(f"views: {came}; accepted are {accepted}") from error
     return angle, [_inside(path, where) for path in paths], matrices
 
@@ -133,7 +133,7 @@ def _inside(path: Any, where: str) -> str:
     if clean.startswith(("..", "/")) or any(c in clean for c in "\\\0:"):
         accepted = "accepted are relative paths that stay in it"
         raise ValueError(f"views: {where} has file_path {path!r}, outside its folder; {accepted}")
-    return clean if clean.lower().endswith(_ENDINGS) else f"{clean}.png"
+    return clean if clean.lower().endswith(ENDINGS) else f"{clean}.png"
 
 
 def _json(path: Path, where: str) -> Any:
@@ -142,7 +142,7 @@ def _json(path: Path, where: str) -> Any:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"views: {where} is absent; {SOURCES}") from error
     except (OSError, ValueError, RecursionError) as error:
-        came = f"{where} is no readable JSON ({_line(error)})"
+        came = f"{where} is no readable JSON ({one_line(error)})"
         raise ValueError(f"views: {came}; accepted is a whole JSON file") from error
 
 
@@ -218,28 +218,12 @@ def _counted_parts(
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz that are known here; what is wrong shows in its headers."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            inside = [n for n in file.namelist() if n.removesuffix(".npy") in _ARRAYS]
-            heads = {n.removesuffix(".npy"): _npy_head(file, n) for n in inside}
-    except _DAMAGE as error:
-        raise ValueError(f"views: {path} is no readable .npz ({_line(error)})") from error
+    heads = npz_heads("views", path, _ARRAYS)
     absent = [key for key in _ARRAYS[:3] if key not in heads]
     if absent:
         raise ValueError(f"views: {path} lacks {', '.join(absent)}; {SOURCES}")
-    pickled = [key for key, (_, dtype) in heads.items() if dtype.hasobject]
-    if pickled:
-        raise ValueError(f"views: {pickled[0]} in {path} is pickled; accepted are plain arrays")
     sizes, kind = heads["images"]
     if len(sizes) != 5 or sizes[4] not in (3, 4) or 0 in sizes or kind != np.uint8:
         came = f"images in {path} is {kind} {sizes}"
         raise ValueError(f"views: {came}; accepted is uint8 [n,V,H,W,C], C = 3 or 4 (alpha)")
-    need = sum(math.prod(s) * dtype.itemsize for s, dtype in heads.values())
-    if need > _MEMORY:
-        advice = f"accepted are {_MEMORY}, since a .npz is read whole, or folders of any size"
-        raise ValueError(f"views: {path} needs {need} bytes; {advice}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in heads}
-    except _DAMAGE as error:
-        raise ValueError(f"views: {path} is damaged ({_line(error)})") from error
+    return read_npz("views", path, heads, _MEMORY, "accepted are folders of any size")

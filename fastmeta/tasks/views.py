@@ -22,8 +22,8 @@ from ..batch import Batch, March, Rays
 from ..ops.mlp import mlp
 from ..reference import ray_times
 from ..spec import MLP
-from .chairs import chairs_folder
 from .cameras import Seen, pinhole, ray_batch, render_rays
+from .chairs import chairs_folder
 from .files import Memory
 from .scenes import SOURCES, Described, Source, open_folder, open_npz
 from .sets import Shape, TaskSet, at_least, by_part, fill, readable, split
@@ -137,8 +137,8 @@ def open_all(source: Any, options: Views) -> TaskSet:
 
     Args:
         source: "chairs" (made from Debian's furniture on first use, ``chairs.make_chairs``;
-            ./chairs for such a folder); a folder of objects, each with ``transforms.json`` (camera_angle_x; frames with
-            file_path and transform_matrix) and its images; or, as nerf_synthetic has it, with
+            ./chairs for such a folder); a folder of objects, each with ``transforms.json``
+            (camera_angle_x; frames with file_path and transform_matrix) and its images; or, as nerf_synthetic has it, with
             ``transforms_train.json`` (learnt from), ``_val`` and ``_test`` (held out); such an
             object itself; or a .npz: images [n,V,H,W,3 or 4] uint8, poses [n,V,4,4],
             camera_angle_x (one or [n]), and if there names [n], n_train, n_val.

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import warnings
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +20,9 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..ops.mlp import mlp
-from ..spec import COORDS, MLP
-from .files import _DAMAGE, _line, _npy_head
+from ..spec import MLP
+from .arrays import Stored, by_file, existing, kept, list_files, open_array, skipped
+from .grids import grid_batch, lattice, scored_whole
 from .sets import Shape, TaskSet, at_least, folders_or_split, not_counted
 
 COUNTED, METRIC, PLANAR = None, "psnr", False
@@ -62,115 +59,6 @@ class Volumes:
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 accepted = "accepted are two finite numbers, low < high"
                 raise ValueError(f"volumes: window is {self.window}; {accepted}")
-
-
-# Arrays in files
-
-
-class Stored(NamedTuple):
-    """An array whose header has been read: ``load()`` brings the data, mapped where it can be."""
-
-    where: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    load: Callable[[], np.ndarray]
-    names: list[str] | None = None
-
-
-def open_array(kind: str, source: Any, key: str, axes: Sequence[int]) -> Stored:
-    """A .npy, a .npz or an array in memory, of which no more than the header is read here.
-
-    Args:
-        kind: whom errors speak for.
-        key: the array of a .npz to take, unless a single one has a fitting number of axes.
-        axes: numbers of axes accepted.
-
-    Raises:
-        ValueError: not readable, damaged, pickled, empty, no such array.
-    """
-    if isinstance(source, Tensor):
-        source = source.detach().cpu()
-        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
-    if isinstance(source, np.ndarray):
-        stored = Stored("the array", source.shape, source.dtype, lambda: source)
-    elif Path(source).suffix.lower() == ".npz":
-        stored = _open_npz(kind, Path(source), key, axes)
-    else:
-        load = partial(_map_npy, kind, Path(source))
-        array = load()
-        stored = Stored(str(source), array.shape, array.dtype, load)
-    if len(stored.shape) not in axes or 0 in stored.shape:
-        accepted = f"accepted are arrays of {' or '.join(map(str, axes))} axes, none empty"
-        raise ValueError(f"{kind}: {stored.where} has shape {stored.shape}; {accepted}")
-    if stored.dtype.kind not in "buif":
-        accepted = "accepted are integers, floats and bool"
-        raise ValueError(f"{kind}: {stored.where} holds {stored.dtype}; {accepted}")
-    return stored
-
-
-def _map_npy(kind: str, path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except _DAMAGE as error:
-        raise ValueError(f"{kind}: {path} is no readable .npy ({_line(error)})") from error
-
-
-def _open_npz(kind: str, path: Path, key: str, axes: Sequence[int]) -> Stored:
-    try:
-        with zipfile.ZipFile(path) as file:
-            members = [n for n in file.namelist() if n.endswith(".npy")]
-            heads = {n.removesuffix(".npy"): _npy_head(file, n) for n in members}
-    except _DAMAGE as error:
-        raise ValueError(f"{kind}: {path} is no readable .npz ({_line(error)})") from error
-    fitting = [name for name, (shape, _) in heads.items() if len(shape) in axes]
-    chosen = fitting[0] if len(fitting) == 1 and key not in heads else key
-    if chosen not in heads:
-        accepted = f'accepted is an array called "{key}", or a single one of '
-        accepted += f"{' or '.join(map(str, axes))} axes"
-        raise ValueError(f"{kind}: {path} holds {', '.join(heads) or 'no array'}; {accepted}")
-    (shape, dtype), names = heads[chosen], None
-    load = partial(_load_npz, kind, path, chosen)
-    if "names" in heads and heads["names"][0] == shape[:1] and heads["names"][1].kind in "US":
-        names = _load_npz(kind, path, "names").astype(str).tolist()
-    return Stored(f"{chosen} in {path}", shape, dtype, load, names)
-
-
-def _load_npz(kind: str, path: Path, key: str) -> np.ndarray:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file[key]
-    except _DAMAGE as error:
-        raise ValueError(f"{kind}: {path} is damaged ({_line(error)})") from error
-
-
-def kept(load: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
-    """``load``, called once: what it returns is held."""
-    return lru_cache(maxsize=1)(load)
-
-
-def list_files(kind: str, root: Path, endings: tuple[str, ...]) -> list[str]:
-    """Files below a folder, sorted, hidden ones left out; links to folders are followed unless they
-    lead back up."""
-    names = []
-    for folder, below, files in os.walk(root, followlinks=True):
-        here = Path(folder)
-        above = {here.resolve(), *here.resolve().parents}
-        below[:] = [d for d in below if d[0] != "." and (here / d).resolve() not in above]
-        fitting = (f for f in files if f[0] != "." and f.lower().endswith(endings))
-        names += [(here.relative_to(root) / f).as_posix() for f in fitting]
-    if not names:
-        raise ValueError(f"{kind}: {root} holds no {' or '.join(endings)}; accepted is one or more")
-    return sorted(names)
-
-
-def existing(kind: str, source: Any, accepted: str) -> Path:
-    """The path of a source that is there."""
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"{kind}: source is a {type(source).__name__}; {accepted}")
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{kind}: {path} does not exist; {accepted}")
-    return path
 
 
 # Sets
@@ -226,11 +114,6 @@ def open_splits(source: Any, options: Volumes, seed: int = 0) -> tuple[TaskSet, 
     return folders_or_split(tasks, seed=seed, group=group, **shares)
 
 
-def by_file(names: Sequence[str]) -> str | None:
-    """The group that keeps pieces "file#piece" of one file together; None if all are of one."""
-    return r"(?s)^(.*)#" if len({name.rpartition("#")[0] for name in names}) > 1 else None
-
-
 def _of_folder(root: Path, name: str, options: Volumes) -> list[_Part]:
     """One volume; none where it cannot be opened and skip_bad lets it go."""
     try:
@@ -238,14 +121,6 @@ def _of_folder(root: Path, name: str, options: Volumes) -> list[_Part]:
         return _cut(_Part(name, stored, None, None), stored.shape, options)
     except (ValueError, OSError) as error:
         return skipped("volumes", error, options.skip_bad)
-
-
-def skipped(kind: str, error: Exception, skip_bad: bool) -> list:
-    """No items and a warning where bad files are left out; else the error, in one line."""
-    if not skip_bad:
-        raise error if str(error).startswith(kind) else type(error)(f"{kind}: {error}") from None
-    warnings.warn(f"left out: {error}", stacklevel=4)
-    return []
 
 
 def _volumes(stored: Stored, options: Volumes, stem: str = "0") -> list[_Part]:
@@ -340,54 +215,6 @@ def shape(options: Volumes) -> Shape:
     return Shape(3, options.channels, "unit", True)
 
 
-def lattice(
-    sizes: tuple[int, ...],
-    coords: str = "unit",
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """[Πsizes,D]: where each sample of a grid lies, the first axis outermost.
-
-    Along an axis of n samples, unit: ``i/n``; unit_xy: the same, last axis first; centers:
-    ``(2i+1)/n − 1``; corners: ``2i/(n−1) − 1``, 0 where n = 1. Kept for the next call: not to be
-    written to. Raises ValueError for "world" and for what is not in ``spec.COORDS``.
-    """
-    return _lattice(sizes, coords, torch.device(device), dtype)
-
-
-@lru_cache(maxsize=16)
-def _lattice(
-    sizes: tuple[int, ...], coords: str, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    if coords not in COORDS or coords == "world":
-        accepted = ", ".join(name for name in COORDS if name != "world")
-        raise ValueError(f"lattice: coords is {coords!r}; accepted for a grid are {accepted}")
-
-    def axis(n: int) -> Tensor:
-        i = torch.arange(n, dtype=torch.float64)
-        if coords == "centers":
-            return (2 * i + 1) / n - 1
-        return (2 * i / (n - 1) - 1 if n > 1 else i) if coords == "corners" else i / n
-
-    places = torch.meshgrid(*map(axis, sizes), indexing="ij")
-    ordered = places[::-1] if coords == "unit_xy" else places
-    return torch.stack(ordered, -1).reshape(-1, len(sizes)).to(device, dtype)
-
-
-def grid_batch(
-    kind: str, items: Sequence[Tensor], net: MLP, seeds: Tensor | None, per_step: int | None
-) -> Batch:
-    """Items [...,C] on one grid as a batch: x [N,D] shared, y [T,N,C]."""
-    y = torch.stack(list(items))  # [T,...,C]
-    sizes, C = tuple(y.shape[1:-1]), y.shape[-1]
-    if (net.in_features, net.out_features) != (len(sizes), C):
-        came = f"net goes from {net.in_features} to {net.out_features} features"
-        raise ValueError(f"{kind}: {came}; accepted for these is {len(sizes)} to {C}")
-    x = lattice(sizes, net.coords, y.device, y.dtype)  # [N,D]
-    seed = None if per_step is None else seeds
-    return Batch(x, y.flatten(1, -2), seed=seed, per_step=per_step)
-
-
 def learn(
     items: Sequence[Tensor], options: Volumes, net: MLP, seeds: Tensor, per_step: int | None
 ) -> Batch:
@@ -407,14 +234,6 @@ def observe(
     """The same, scored as a whole."""
     not_counted("volumes", count)
     return scored_whole(grid_batch("volumes", items, net, seeds, per_step))
-
-
-def scored_whole(batch: Batch) -> Batch:
-    """A batch that draws points, with all of them as its query."""
-    if batch.per_step is None:
-        return batch
-    query = Batch(batch.x, batch.y)
-    return Batch(batch.x, batch.y, seed=batch.seed, per_step=batch.per_step, query=query)
 
 
 def truth(item: Tensor, options: Volumes) -> Tensor:
