@@ -80,9 +80,10 @@ RECIPES = {
             "validate_every": 1000, "validate_tasks": 4, "save_every": 1000,
         },
         {
-            "shrink": 4, "samples": 48, **_NERF_SMALL, "algorithm": "reptile", "inner_steps": 64,
-            "inner_lr": 1.0, "per_step": 64, "tasks": 1, "lr": 5e-4, "iterations": 600,
-            "test_steps": 256, "validate_every": 100,
+            "shrink": 4, "samples": 48, "network": "frequencies", "width": 64, "depth": 5,
+            "frequencies": 16, "max_exponent": 8.0, "algorithm": "reptile", "inner_steps": 64,
+            "inner_lr": 0.3, "per_step": 128, "tasks": 1, "lr": 5e-4, "iterations": 1500,
+            "test_steps": 128, "validate_every": 250,
         },
     ),
     # MetaSDF sums over its 24 000 points, fastmeta takes their mean: 5e-3 there is 5e-3 · 24 000

@@ -367,6 +367,21 @@ def test_fit_with_a_mask_scores_what_was_not_seen(run, photos, tmp_path, capsys,
             assert float(row[name]) == pytest.approx(by_hand, abs=2e-3)
 
 
+def test_fit_draws_pixels_by_the_number_of_the_task(run, photos, tmp_path, monkeypatch):
+    plain = fitting._chunks
+    for number, chunk in enumerate((10**6, 1)):  # together, and one by one
+        monkeypatch.setattr(fitting, "_chunks", rechunked(plain, chunk))
+        given = ["--per-step", "30", "--seed", "3", "--out", str(tmp_path / str(number))]
+        assert main(["fit", str(run), "--data", str(photos), *given]) == 0
+    one, two = (load_tensors(tmp_path / n / "fits.safetensors")[0]["params"] for n in "01")
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    net, init, _, _ = load_start(run / tr.BEST)
+    pictures = torch.stack(list(im.open_images(photos, size=12)))
+    seeds = torch.cat([fm.rng.task_seeds(3, t, 1) for t in range(3)])
+    batch = im.image_batch(pictures, net, seed=seeds, per_step=30)
+    torch.testing.assert_close(one, fm.adapt(net, init, batch, 2, 1e-2).params, rtol=0, atol=1e-6)
+
+
 def rechunked(chunks, many):
     def split(options, learned):
         for names, items, signal in chunks(options, learned):
@@ -449,6 +464,19 @@ def test_the_authors_pickle(data_path, tmp_path, capsys):
     row = scores(tmp_path / "fits")[0]
     assert float(row["psnr_1"]) > 24 and float(row["psnr_2"]) > 29
     assert picture(tmp_path / "fits" / "0.png").size == (178, 178)
+
+
+@pytest.mark.parametrize("name", builtin())
+def test_a_start_that_comes_along_fits_what_it_was_learned_on(name):
+    learned = open_start(name, torch.device("cpu"))
+    assert learned.known and (learned.kind, learned.config.data) == ("images", "text")
+    test = tr.open_data(learned.config)[2]
+    batch = im.image_batch(torch.stack([test[i] for i in range(4)]), learned.net)
+    ends = {}
+    for k, init in ((0, learned.start.init), (1, baselines.standard(learned.net))):
+        theta = fm.adapt(learned.net, init, batch, 2, learned.start.lr).params
+        ends[k] = float(psnr(fm.mlp(learned.net, theta, batch.x), batch.y).mean())
+    assert ends[0] > ends[1] + 6
 
 
 def test_starts_of_the_package(run, photos, tmp_path, monkeypatch, capsys):

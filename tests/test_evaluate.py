@@ -122,6 +122,9 @@ def test_the_mean_absolute_error_in_decibels():
     assert found == pytest.approx(wanted, abs=1e-4)
     squares = [-10 * math.log10((0.02**2 + 0.1**2 + 0.3**2) / 3), -10 * math.log10(0.0017 / 2)]
     assert score(values, batch, "psnr").tolist() == pytest.approx(squares, abs=1e-4)
+    clipped = fm.Batch(x, torch.full((2, 9, 1), -0.5), loss=("l1", 0.1), counts=counts)
+    wanted = [-20 * math.log10((0.12 + 0.2) / 3), -20 * math.log10((0.11 + 0.14) / 2)]
+    assert score(values, clipped, "mae").tolist() == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(ValueError, match="score: metric is 'ssim'; accepted are psnr, mae"):
         score(fm.mlp(net, net.init(2), x), batch, "ssim")
 
@@ -147,8 +150,8 @@ def test_predictions_of_rays_are_rendered_piece_by_piece_and_clipped(monkeypatch
     batch = fm.Batch(rays, torch.zeros(2, 7, 3), measure=march)
     expected = fm.render(net, params, rays, march)[0].clamp(0, 1)
     assert float(expected.std()) > 0.02
-    for samples in (2**20, 24, 1):  # all rays, two and one of each task at a time
-        monkeypatch.setattr("fastmeta.meta.evaluate._SAMPLES", samples)
+    for points in (2**17, 24, 1):  # all rays, two and one of each task at a time
+        monkeypatch.setattr("fastmeta.tasks.cameras._POINTS", points)
         torch.testing.assert_close(predicted(net, params, batch), expected, rtol=0, atol=1e-6)
 
 

@@ -75,7 +75,7 @@ FEW = Phototourism(samples=4)
         ({"picture_size": 0}, "picture_size is 0"),
         ({"train_photos": 0}, "train_photos is 0"),
         ({"samples": 1}, "samples is 1; accepted is an integer >= 2"),
-        ({"scale": 0.0}, "scale is 0.0; accepted is a finite number above 0"),
+        ({"world_scale": 0.0}, "world_scale is 0.0; accepted is a finite number above 0"),
         ({"near_factor": math.nan}, "near_factor is nan"),
         ({"far_factor": math.inf}, "far_factor is inf"),
         ({"last_interval": -1.0}, "last_interval is -1.0"),

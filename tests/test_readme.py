@@ -7,7 +7,7 @@ import torch
 from helpers import error
 
 import fastmeta as fm
-from fastmeta import viz
+from fastmeta import recipes, viz
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SMALLER = {"width=256": "width=16", "size=178": "size=12", "stop=1000": "stop=3"}
@@ -33,12 +33,16 @@ def test_the_example_runs(tmp_path, monkeypatch):
 
 
 def test_every_option_it_names_exists():
-    from fastmeta.apply import Eval, Fit, builtin
+    from fastmeta.apply import Eval, Fit, Render, builtin
+    from fastmeta.tasks import KINDS, options
     from fastmeta.train import Config
 
-    fields = {
-        name.replace("_", "-") for kind in (Config, Fit, Eval) for name in kind.__dataclass_fields__
-    }
+    forms = (Config, Fit, Eval, Render, *map(options, KINDS))
+    fields = {name.replace("_", "-") for form in forms for name in form.__dataclass_fields__}
     named = set(re.findall(r"--([a-z][a-z0-9-]+)", README)) - {"help", "version"}
-    assert named and named <= fields
+    assert named and named <= fields | {"recipe", "scale"}
     assert "text64" in builtin()
+    for recipe in re.findall(r"--recipe ([a-z]+)", README):
+        assert recipe in recipes.RECIPES
+    for kind in re.findall(r"fastmeta train ([a-z]+)", README):
+        assert kind in KINDS

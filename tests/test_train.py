@@ -518,12 +518,23 @@ def test_reptile_learns_no_rates(tmp_path):
 
 
 def test_a_set_without_validation_is_refused(tmp_path):
-    images = torch.rand(3, 12, 12, 3).numpy()
-    np.save(tmp_path / "a.npy", images)
-    options = config(tmp_path / "run", data=str(tmp_path / "a.npy"), validation=0.0)
+    np.save(tmp_path / "a.npy", torch.rand(1, 12, 12, 3).numpy())
+    options = config(tmp_path / "run", data=str(tmp_path / "a.npy"))
     with pytest.raises(ValueError, match="0 to validate; accepted is at least one of each"):
         tr.train(options)
     assert not options.out.exists()
+
+
+def test_no_validation_asked_for_scores_what_is_learned(tmp_path):
+    images = torch.rand(3, 12, 12, 3)
+    np.save(tmp_path / "a.npy", images.numpy())
+    shares = {"validation": 0.0, "test": 0.0}
+    tr.train(config(tmp_path / "run", data=str(tmp_path / "a.npy"), iterations=4, **shares))
+    net, init, _, meta = load_start(tmp_path / "run" / tr.BEST)
+    batch = im.image_batch(images, net)
+    fitted = fm.adapt(net, init, batch, 2, 1e-2).params
+    by_hand = float(psnr(fm.mlp(net, fitted, batch.x), batch.y).mean())
+    assert meta["best"] == pytest.approx(by_hand, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,8 @@ def _chunks(options: Fit, learned: Learned) -> Iterator[tuple[list[str], list[An
         signal = resized(learned, size)
     tasks = module(learned.kind).open_all(options.data, _skipping(signal, options))
     tasks = tasks.take(_named(options, tasks.names))
+    if learned.kind == "audio" and signal.rate is None:
+        signal = dataclasses.replace(signal, rate=tasks.about["rate"])
     many = 1
     if learned.kind == "images":
         many = max(1, min(2**21 // signal.size**2, 2**25 // learned.net.num_params))

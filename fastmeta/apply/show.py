@@ -23,6 +23,7 @@ from ..tasks.sets import at_least
 from ..train import make_folder, place
 
 FITS = "fits.safetensors"
+NO_RATE = 16000  # samples a second of a sound that came from an array
 
 
 def export(
@@ -36,7 +37,7 @@ def export(
     name = stem.name
     if kind == "audio":
         x = lattice((len(item),), net.coords).to(params)
-        data = audio.wav_bytes(mlp(net, params, x, **how), signal.rate or 16000)
+        data = audio.wav_bytes(mlp(net, params, x, **how), signal.rate or NO_RATE)
         return _write(stem.with_name(f"{name}.wav"), data)
     if kind == "volumes":
         return _write(stem.with_name(f"{name}.npy"), _volume(net, params, item.shape[:3], how))
@@ -60,7 +61,7 @@ def describe(kind: str, item: Any, signal: Any) -> dict[str, Any]:
     if kind == "ct":
         return {"size": [signal.size] * 2}
     if kind == "audio":
-        return {"length": len(item), "rate": signal.rate or 16000}
+        return {"length": len(item), "rate": signal.rate or NO_RATE}
     if kind == "sdf":
         return {"dimensions": item.dimensions, "size": list(item.values.shape)}
     return {"size": list(item.shape[:-1])}

@@ -77,7 +77,8 @@ class _Sound(NamedTuple):
 
 
 def open_all(source: Any, options: Audio) -> TaskSet:
-    """Every window of a source: items float32 [N,C] in [-1,1], named file#k, read when asked for.
+    """Every window of a source: items float32 [N,C] in [-1,1], named file#k, read when asked for;
+    ``about["rate"]`` is their rate (None of an array).
 
     Args:
         source: a folder of WAV files (any depth), one such file (PCM of 8, 16, 24 or 32 bits, or
@@ -134,7 +135,8 @@ def _windows(sounds: Sequence[Callable[[], _Sound]], options: Audio) -> TaskSet:
             raise ValueError(f"audio: {came}; without a rate to resample to all must agree")
     rows = [(s, k * options.length) for s in opened for k in range(_count(s, options))]
     names = tuple(f"{sound.name}#{start // options.length}" for sound, start in rows)
-    return TaskSet(lambda row: _read(*rows[row], options), names)
+    about = {"rate": options.rate or first.rate}
+    return TaskSet(lambda row: _read(*rows[row], options), names, about=about)
 
 
 def _fitting(sound: _Sound, options: Audio) -> _Sound:

@@ -153,7 +153,9 @@ def _open(source: Any, options: CT) -> tuple[str, Any]:
             return "DICOM", _usable(from_dicom(root, names, options.size, window), options)
         if path.suffix.lower() == ".npz" and path.is_file() and _holds_scans(path):
             return "scans", open_scans(path, options.size)
-    return "images", _usable(open_images(source, size=options.size, channels=1), options)
+    headers = {"headers": 0} if options.skip_bad else {}
+    found = open_images(source, size=options.size, channels=1, **headers)
+    return "images", _usable(found, options)
 
 
 def _usable(found: Any, options: CT) -> Any:

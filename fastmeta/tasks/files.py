@@ -20,7 +20,6 @@ from .arrays import as_array, existing, files_below, map_npy, npz_heads, one_lin
 FORMATS = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm")
 ENDINGS = tuple(f".{name}" for name in FORMATS)
 _SOURCES = f"accepted are a folder, {', '.join(FORMATS)}, npy, npz, and an array [n,H,W,C]"
-_HEADERS = 10_000  # files looked into when a set is opened
 
 
 @dataclass
@@ -98,6 +97,7 @@ def open_images(
     size: int | tuple[int, int] | None = 64,
     channels: int = 3,
     memory: int = 2 << 30,
+    headers: int = 10_000,
 ) -> ImageSet:
     """A folder, a file or an array as a set of images of one size.
 
@@ -113,10 +113,12 @@ def open_images(
         size: n for (n, n), (H, W), or None: as they are, and then all must agree.
         channels: C, 1 or 3.
         memory: bytes of decoded images to hold; the rest is read again when it is needed.
+        headers: of so many files the headers are read now, so that damage is found early; with
+            size=None of all.
 
     Raises:
         ValueError, OSError: nothing there, no image, a wrong shape or dtype, pickled objects. Of
-            files the headers are read here (10 000 at most unless size is None), pixels later.
+            files the headers are read here (as ``headers`` says), pixels later.
     """
     size = None if size is None else size_pair("images", size)
     if channels not in (1, 3) or memory < 0:
@@ -128,7 +130,7 @@ def open_images(
     path = existing("images", source, _SOURCES)
     suffix = path.suffix.lower()
     if path.is_dir():
-        return _from_files(path, _list(path), size, channels, memory)
+        return _from_files(path, _list(path), size, channels, memory, headers)
     if suffix == ".npy":
         return _from_array(str(path), map_npy("images", path), None, size, channels, memory)
     if suffix == ".npz":
@@ -136,7 +138,7 @@ def open_images(
         return _from_array(str(path), array, names, size, channels, memory - array.nbytes)
     if suffix not in ENDINGS:
         raise ValueError(f"images: {path} ends in {path.suffix!r}; {_SOURCES}")
-    return _from_files(path.parent, [path.name], size, channels, memory)
+    return _from_files(path.parent, [path.name], size, channels, memory, headers)
 
 
 def size_pair(where: str, size: Any) -> tuple[int, int]:
@@ -165,9 +167,14 @@ def _list(root: Path) -> list[str]:
 
 
 def _from_files(
-    root: Path, names: list[str], size: tuple[int, int] | None, channels: int, memory: int
+    root: Path,
+    names: list[str],
+    size: tuple[int, int] | None,
+    channels: int,
+    memory: int,
+    headers: int,
 ) -> ImageSet:
-    heads = [with_image(root, n, _head) for n in (names[:_HEADERS] if size else names)]
+    heads = [with_image(root, n, _head) for n in (names[:headers] if size else names)]
     if size is None:
         size = heads[0]
         for name, head in zip(names, heads, strict=True):

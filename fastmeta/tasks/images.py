@@ -65,7 +65,8 @@ def open_splits(source: Any, options: Images, seed: int = 0) -> Splits:
 
 def open_all(source: Any, options: Images) -> ImageSet:
     """Every image of a source, unsplit."""
-    found = open_images(source, size=options.size, channels=options.channels)
+    headers = {"headers": 0} if options.skip_bad else {}
+    found = open_images(source, size=options.size, channels=options.channels, **headers)
     return readable(found) if options.skip_bad else found
 
 

@@ -41,7 +41,7 @@ class Phototourism:
 
     shrink: int = 1
     """photos are reduced by this factor, each pixel the mean of a block"""
-    scale: float = 0.05
+    world_scale: float = 0.05
     """what the world is multiplied by"""
     near_factor: float = 0.9
     """rays begin at this times the nearest depth stored for a photo"""
@@ -70,7 +70,7 @@ class Phototourism:
     def __post_init__(self) -> None:
         at_least("phototourism", self, 1, "shrink", "picture_size", "train_photos")
         at_least("phototourism", self, 2, "samples")
-        for name in ("scale", "near_factor", "far_factor"):
+        for name in ("world_scale", "near_factor", "far_factor"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 came = f"{name} is {value}"
@@ -199,13 +199,13 @@ def _arrays(root: Path, count: int) -> dict[str, np.ndarray]:
 def _camera(
     arrays: dict[str, np.ndarray], names: Sequence[str], options: Phototourism, row: int
 ) -> Photo:
-    """A photo without its pixels: world × scale, bounds × (near_factor, far_factor) × scale; a
+    """A photo without its pixels: world × s, bounds × (near_factor, far_factor) × s, s = world_scale; a
     block of s pixels is seen along its middle, ``K⁻¹ (s i + (s − 1)/2, s j + (s − 1)/2, 1)``."""
     where = f"phototourism: {names[row]}"
     pose = check_poses(where, arrays["c2w_mats"][row : row + 1])[0]
-    pose[:3, 3] *= options.scale
+    pose[:3, 3] *= options.world_scale
     kinv = check_kinv(where, arrays["kinv_mats"][row : row + 1])[0]
-    factors = (options.near_factor * options.scale, options.far_factor * options.scale)
+    factors = (options.near_factor * options.world_scale, options.far_factor * options.world_scale)
     near, far = (float(b) * f for b, f in zip(arrays["bds"][row], factors, strict=True))
     if not 0 < near < far < math.inf:
         came = f"near is {near:g}, far is {far:g} (bds times factors)"

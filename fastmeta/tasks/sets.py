@@ -23,9 +23,9 @@ import itertools
 import re
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -70,11 +70,13 @@ class TaskSet:
         read: row -> item; called from several threads.
         names: one for each item; splits go by name.
         rows: the reader's row of each item; None: 0, 1, 2, ...
+        about: what all items have in common, such as the rate of sounds.
     """
 
     read: Callable[[int], Any]
     names: tuple[str, ...]
     rows: Sequence[int] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -138,10 +138,10 @@ def open_all(source: Any, options: Views) -> TaskSet:
     Args:
         source: "chairs" (made from Debian's furniture on first use, ``chairs.make_chairs``;
             ./chairs for such a folder); a folder of objects, each with ``transforms.json``
-            (camera_angle_x; frames with file_path and transform_matrix) and its images; or, as nerf_synthetic has it, with
-            ``transforms_train.json`` (learnt from), ``_val`` and ``_test`` (held out); such an
-            object itself; or a .npz: images [n,V,H,W,3 or 4] uint8, poses [n,V,4,4],
-            camera_angle_x (one or [n]), and if there names [n], n_train, n_val.
+            (camera_angle_x; frames with file_path and transform_matrix) and its images; or, as
+            nerf_synthetic has it, with ``transforms_train.json`` (learnt from), ``_val`` and
+            ``_test`` (held out); such an object itself; or a .npz: images [n,V,H,W,3 or 4] uint8,
+            poses [n,V,4,4], camera_angle_x (one or [n]), and if there names [n], n_train, n_val.
 
     Raises:
         ValueError, OSError: nothing there, damaged files, poses that are none, paths that leave the
