@@ -2,6 +2,7 @@
 # make test    set everything up, run the tests          make test-full   with the slow ones
 # make asan    the CPU worker's tests under AddressSanitizer and UBSan, every instruction set (built aside, build/asan)
 # make bench   benchmarks, rows to benchmarks/results.csv   make lint       ruff and mypy
+# make results train and evaluate every kind of signal at small scale; the README's tables and pictures, to docs/
 #
 # PYTHON=python3.12 picks the interpreter of the virtual environment, VENV=dir its place. An interpreter that has torch
 # lends it to the environment; otherwise torch is installed: the CPU build of 2.13 where there is no NVIDIA driver.
@@ -16,7 +17,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.9" || e
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo test test-full asan bench lint clean
+.PHONY: demo test test-full asan bench results lint clean
 
 SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
@@ -57,6 +58,9 @@ asan: $(READY)
 bench: $(READY)
 	@$(BIN)/python -c "import jax" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check jax
 	@$(BIN)/python -m pytest benchmarks -p no:xdist --timeout 1800
+
+results: $(READY)
+	@$(BIN)/python benchmarks/results.py
 
 lint: $(READY)
 	@$(BIN)/python -c "import ruff, mypy, clang_format" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"

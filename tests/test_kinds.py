@@ -333,6 +333,7 @@ def test_fit_writes_what_each_network_shows(case, start, tmp_path):
     made, data = held_out(case, start, tmp_path)
     config, out = tr.saved_config(made.run), tmp_path / "fits"
     given = ["--data", data, "--out", str(out), "--steps", "3", "--seed", "5"]
+    given += ["--mask", "left"] if case == "phototourism" else []
     assert main(["fit", str(made.run), *given]) == 0
     tensors, meta = load_tensors(out / show.FITS)
     kind, tasks = module(made.kind), module(made.kind).open_all(data, config.signal)
@@ -364,6 +365,23 @@ def test_fit_writes_what_each_network_shows(case, start, tmp_path):
         with Image.open(out / rows[-1]["picture"]) as image:
             pixels = torch.from_numpy(np.array(image)).view(shown.shape) / 255
         assert (pixels - shown.clamp(0, 1)).abs().max() <= 0.5 / 255 + 1e-4
+
+
+def test_a_photo_is_fitted_as_a_whole_unless_its_left_half_is_asked_for(start, tmp_path):
+    made = start("phototourism")
+    config, out = tr.saved_config(made.run), tmp_path / "fits"
+    given = ["--data", made.data, "--out", str(out), "--steps", "3", "--seed", "5"]
+    assert main(["fit", str(made.run), *given]) == 0
+    kind, tasks = module(made.kind), module(made.kind).open_all(made.data, config.signal)
+    net, init, _, _ = load_start(made.run / tr.BEST)
+    seeds = fm.rng.task_seeds(5, 1, 1)
+    batch = kind.learn([tasks[1]], config.signal, net, seeds, config.per_step)
+    assert batch.points == tasks[1].image[..., 0].numel()
+    ended = fm.adapt(net, init, batch, 3, config.inner_lr, rule=config.rule)
+    weights = load_tensors(out / show.FITS)[0]["params"]
+    torch.testing.assert_close(weights[1], ended.params[0], rtol=0, atol=2e-5)
+    assert "psnr_unseen" not in table(out, "scores.csv")[1]
+    assert main(["fit", str(made.run), *given, "--mask", "top"]) == 2
 
 
 def test_fit_takes_only_the_names_asked_for(start, tmp_path, capsys):

@@ -147,7 +147,8 @@ def test_every_kind_has_one_recipe_and_every_recipe_its_kind():
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_small_ones_learn_as_the_papers_do_with_less(name):
-    """Same network's kind, algorithm, rates and rays; fewer weights and iterations."""
+    """Same network's kind, algorithm, rates and rays; fewer weights and iterations. Of photos a rate
+    of 1 is too much for 10 photos at a quarter of their size (ten times fewer pixels a photo)."""
     config = recipes.configure(name, "small", data="d", out=Path("o"))
     learner = tr._learner(config, tr.network(config))
     made = fm.Reptile if config.algorithm == "reptile" else fm.MAML
@@ -158,7 +159,8 @@ def test_small_ones_learn_as_the_papers_do_with_less(name):
         assert learner.net.num_params * 3 < tr.network(whole).num_params
         assert config.iterations * 10 <= whole.iterations
     if name in ("ct", "shapenet", "phototourism"):
-        same = ("inner_steps", "inner_lr", "rule", "tasks", "per_step")
+        same = ("inner_steps", "rule", "tasks")
+        same += () if name == "phototourism" else ("inner_lr", "per_step")
         assert [getattr(config, n) for n in same] == [getattr(whole, n) for n in same]
 
 

@@ -23,6 +23,7 @@ from ..meta.evaluate import fitted, predicted, score
 from ..ops.adapt import loss_grad
 from ..tasks import images as pictures
 from ..tasks import module
+from ..tasks.ct import Scan
 from ..tasks.sets import at_least
 from ..train import make_folder, place
 from . import show
@@ -58,7 +59,8 @@ class Fit:
     size: int | Literal["native"] | None = None
     """height and width of images; native: each as it is; none: as in training"""
     mask: str | None = None
-    """what is seen of each image: left, top, center, random:SHARE, every:N; the rest is scored"""
+    """what is seen of each image: left, top, center, random:SHARE, every:N; the rest is scored; of
+    photos with cameras: left"""
     skip_bad: bool = False
     """leave out what cannot be read, naming it, instead of stopping"""
     seed: int = 0
@@ -158,6 +160,7 @@ def _check_kind(options: Fit, learned: Learned) -> None:
     for name in ("mask", "size"):
         value = getattr(options, name)
         allowed = learned.kind == "images" or (name == "size" and isinstance(value, int))
+        allowed = allowed or (learned.kind, name, value) == ("phototourism", "mask", "left")
         if value is not None and not allowed:
             came = f"fit: {name} is {value!r} with {learned.kind}"
             raise ValueError(f"{came}, where it has no effect; accepted is without")
@@ -233,7 +236,8 @@ def _named(options: Fit, names: tuple[str, ...]) -> list[int]:
 def _batch(options: Fit, learned: Learned, items: list[Any], signal: Any, at: int) -> Batch:
     """Tasks number at, at + 1, ... as they are seen; each by its number, whatever the chunks."""
     config, net, T = learned.config, learned.net, len(items)
-    if options.mask is not None:
+    kind = module(learned.kind)
+    if options.mask is not None and learned.kind == "images":
         H, W, _ = items[0].shape
         seeds = range(options.seed + at, options.seed + at + T)
         seen = torch.cat([pictures.mask(options.mask, H, W, 1, seed) for seed in seeds])
@@ -243,7 +247,11 @@ def _batch(options: Fit, learned: Learned, items: list[Any], signal: Any, at: in
     count = config.test_counts[0] if config.test_counts else None
     count = count if options.count is None else options.count
     seeds_ = torch.cat([rng.task_seeds(options.seed, at + t, 1) for t in range(T)])
-    return module(learned.kind).observe(items, signal, net, seeds_, count=count, per_step=per_step)
+    if learned.kind == "phototourism" and options.mask is None:
+        return kind.learn(items, signal, net, seeds_, per_step)  # the whole photo
+    if learned.kind == "ct" and options.count is None and isinstance(items[0], Scan):
+        count = None  # all angles that were measured
+    return kind.observe(items, signal, net, seeds_, count=count, per_step=per_step)
 
 
 def _scores(

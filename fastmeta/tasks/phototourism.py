@@ -199,8 +199,8 @@ def _arrays(root: Path, count: int) -> dict[str, np.ndarray]:
 def _camera(
     arrays: dict[str, np.ndarray], names: Sequence[str], options: Phototourism, row: int
 ) -> Photo:
-    """A photo without its pixels: world × s, bounds × (near_factor, far_factor) × s, s = world_scale; a
-    block of s pixels is seen along its middle, ``K⁻¹ (s i + (s − 1)/2, s j + (s − 1)/2, 1)``."""
+    """A photo without its pixels: world × world_scale, bounds × factors × world_scale; a block of
+    s pixels is seen along its middle, ``K⁻¹ (s i + (s − 1)/2, s j + (s − 1)/2, 1)``."""
     where = f"phototourism: {names[row]}"
     pose = check_poses(where, arrays["c2w_mats"][row : row + 1])[0]
     pose[:3, 3] *= options.world_scale
