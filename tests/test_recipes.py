@@ -147,7 +147,7 @@ def test_every_kind_has_one_recipe_and_every_recipe_its_kind():
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_small_ones_learn_as_the_papers_do_with_less(name):
-    """Same network's kind, algorithm, rates and rays; fewer weights and iterations. Of photos a rate
+    """Same network, algorithm, rates and rays; fewer weights and iterations. Of photos a rate
     of 1 is too much for 10 photos at a quarter of their size (ten times fewer pixels a photo)."""
     config = recipes.configure(name, "small", data="d", out=Path("o"))
     learner = tr._learner(config, tr.network(config))
