@@ -21,7 +21,7 @@ from .ops import dispatch
 from .rules import RULES
 from .spec import ACTIVATIONS, MLP
 from .tasks import KINDS, kind_of, options
-from .train import CONFIG, Config, as_json, saved_config, train
+from .train import CONFIG, Config, in_effect, saved_config, train
 
 # What a user can mend, as opposed to a fault of ours: one line, exit code 2.
 _USER_ERRORS = (
@@ -164,8 +164,7 @@ def _take(arguments: list[str], option: str) -> tuple[list[str], str | None]:
 
 
 def _train(config: Config) -> None:
-    chosen = {k: v for k, v in as_json(config).items() if v is not None and v != ()}
-    print(" ".join(f"{k}={v}" for k, v in chosen.items()), flush=True)
+    print(" ".join(f"{k}={v}" for k, v in in_effect(config).items()), flush=True)
     print(f"best start: {train(config)}")
 
 

@@ -27,9 +27,6 @@ class Recipe(NamedTuple):
 
 
 _NERF = {"network": "frequencies", "width": 256, "depth": 6, "frequencies": 20, "max_exponent": 8.0}
-_NERF_SMALL = {
-    "network": "frequencies", "width": 64, "depth": 5, "frequencies": 10, "max_exponent": 5.0,
-}  # fmt: skip
 
 RECIPES = {
     "celeba": Recipe(
@@ -66,9 +63,10 @@ RECIPES = {
             "validate_every": 1000, "validate_tasks": 4, "save_every": 1000,
         },
         {
-            "size": 64, "samples": 48, **_NERF_SMALL, "algorithm": "reptile", "inner_steps": 32,
-            "inner_lr": 0.5, "per_step": 128, "tasks": 1, "lr": 5e-4, "iterations": 6000,
-            "test_counts": (1, 2, 5, 25), "test_steps": 400, "validate_every": 500,
+            "size": 64, "samples": 48, "network": "frequencies", "width": 128, "depth": 5,
+            "frequencies": 10, "max_exponent": 5.0, "algorithm": "reptile", "inner_steps": 32,
+            "inner_lr": 0.5, "per_step": 128, "tasks": 1, "lr": 5e-4, "iterations": 3000,
+            "test_counts": (1, 2, 5, 25), "test_steps": 200, "validate_every": 250,
             "validate_tasks": 4,
         },
     ),

@@ -415,6 +415,15 @@ def as_json(config: Config) -> dict[str, Any]:
     return {"kind": kind_of(signal), **dataclasses.asdict(signal), **plain}
 
 
+def in_effect(config: Config) -> dict[str, Any]:
+    """The values that a run depends on: no options that the others leave without effect."""
+    idle = {
+        n for option, chosen, *names in _IDLE if getattr(config, option) == chosen for n in names
+    }
+    plain = as_json(config).items()
+    return {k: v for k, v in plain if k not in idle and v is not None and v != ()}
+
+
 def _check_folder(config: Config) -> None:
     """Refuse to run over another run, and to resume one that is not there or was another.
 
