@@ -27,9 +27,13 @@ STUDIES: dict[str, tuple[str, list[tuple[str, list[str]]], list[str]]] = {
         "ct",
         [
             ("ct-reptile", ["--data", "phantoms"]),
-            ("ct-maml", ["--data", "phantoms", "--algorithm", "maml"]),
+            # at Reptile's outer rate, unclipped, MAML came apart after 1800 steps
+            (
+                "ct-maml",
+                ["--data", "phantoms", "--algorithm", "maml", "--lr", "2e-4", "--clip", "0.01"],
+            ),
         ],
-        ["--count", "20", "--counts", "1", "2", "4", "8"],
+        ["--count", "20", "--counts", "1", "2", "4", "8", "--tune-tasks", "4"],
     ),
     "chairs": (
         "views",

@@ -161,6 +161,8 @@ class Config(Generic[Signal]):
         if not self.eikonal >= 0 or (self.eikonal and kind != "sdf"):
             came = f"eikonal is {self.eikonal} with {kind}"
             raise ValueError(f"train: {came}; accepted is a weight >= 0 with sdf, else 0")
+        if self.eikonal:
+            refuse_changed(self, "eikonal", "max_memory")
         if self.eikonal and self.algorithm == "maml" and self.order == 2:
             came = "eikonal with order 2 would need a third derivative of the network"
             raise ValueError(

@@ -25,6 +25,8 @@ from fastmeta.cli import main
 from fastmeta.meta import baselines
 from fastmeta.meta.evaluate import Start, Tuned, psnr, rates, ssim, tune
 from fastmeta.tasks import images as im
+from fastmeta.tasks.ct import CT
+from fastmeta.tasks.sdf import SDF
 
 fitting = importlib.import_module("fastmeta.apply.fit")  # the package's own fit is the function
 
@@ -668,3 +670,54 @@ def test_python_face_takes_the_same_options(run, photos, tmp_path):
     assert apply.fit(Fit(str(run), str(photos), tmp_path / "fits", size=16)) == tmp_path / "fits"
     assert picture(tmp_path / "fits" / "a.png").size == (16, 16)
     assert isinstance(open_start(str(run), torch.device("cpu")), Learned)
+
+
+def test_eval_refuses_rows_of_other_networks_and_tasks_learned_from(tmp_path, bad):
+    """Weights of one w0 fit the network of another in number; another seed splits otherwise."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    small = ["--size", "8", "--width", "16", "--depth", "3", "--iterations", "1", "--tasks", "1"]
+    for name, given in (("a", []), ("w0", ["--w0", "30"]), ("seed", ["--seed", "5"])):
+        out = ["--data", str(folder), "--out", str(tmp_path / name)]
+        assert main(["train", "images", *out, *small, *given]) == 0
+    held_out = tr.open_data(tr.saved_config(tmp_path / "a"))[2].names
+    other = tr.open_data(tr.saved_config(tmp_path / "seed"))
+    leaked = {*held_out} & {*other[0].names, *other[1].names}
+    assert leaked  # else this tests nothing
+    bad(["eval", tmp_path / "a", "--also", tmp_path / "w0"], "w0=30.0", "with the same network")
+    bad(
+        ["eval", tmp_path / "a", "--also", tmp_path / "seed"],
+        f"seed has learned from {min(leaked)}",
+    )
+
+
+def test_scores_of_a_fit_hold_no_eikonal_term(tmp_path):
+    """At a rate of 0 nothing moves: what is seen of all points is as far off after as before."""
+    axis = np.linspace(-1, 1, 8, dtype=np.float32)
+    away = np.sqrt(sum(a**2 for a in np.meshgrid(axis, axis, axis)))
+    np.savez(tmp_path / "balls.npz", sdf=np.stack([away - r / 20 for r in range(8, 14)]))
+    config = tr.Config(
+        data=str(tmp_path / "balls.npz"), out=tmp_path / "run", signal=SDF(points=64),
+        network="relu", width=16, depth=3, order=1, eikonal=0.5, iterations=1, tasks=1,
+    )  # fmt: skip
+    tr.train(config)
+    command = ["fit", str(config.out), "--data", config.data, "--names", "0", "--lr", "0"]
+    assert main([*command, "--steps", "2", "--out", str(tmp_path / "fits")]) == 0
+    (row,) = csv.DictReader((tmp_path / "fits" / "scores.csv").read_text().splitlines())
+    assert row["psnr_0"] == row["psnr_2"] and "psnr_1" not in row
+
+
+def test_scans_cannot_be_scored(tmp_path, bad):
+    """Nobody has their slices."""
+    angles = np.linspace(0, 3, 4)
+    np.savez(tmp_path / "s.npz", sinogram=np.full((9, 4, 8), 0.3, np.float32), angles=angles)
+    config = tr.Config(
+        data=str(tmp_path / "s.npz"), out=tmp_path / "run", signal=CT(size=8, angles=2),
+        algorithm="reptile", width=16, depth=3, iterations=1, tasks=1, test_counts=(2,),
+    )  # fmt: skip
+    tr.train(config)
+    bad(["eval", config.out], "the image itself is not known", "accepted are images or slices")

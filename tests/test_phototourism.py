@@ -400,3 +400,8 @@ def test_a_photo_is_learnt(church):
     shown, wanted = phototourism.picture(net, fitted, photo, options), photo.image
     blank = ((wanted.mean((0, 1)) - wanted) ** 2).mean()  # the best picture of one colour
     assert ((shown - wanted) ** 2).mean() < 0.3 * blank
+
+
+def test_a_group_with_parts_by_count_is_refused():
+    with pytest.raises(ValueError, match="group is .* with train_photos, where it has no effect"):
+        Phototourism(train_photos=7, group="(a)")

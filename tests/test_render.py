@@ -18,6 +18,7 @@ import fastmeta as fm
 from fastmeta import train as tr
 from fastmeta import viz
 from fastmeta.apply import Render, render
+from fastmeta.apply.show import file_stem
 from fastmeta.checkpoint import load_tensors, save_tensors
 from fastmeta.cli import main
 from fastmeta.tasks import cameras, images, module, phototourism, views
@@ -480,7 +481,15 @@ def test_names_lead_nowhere_else(fits, tmp_path):
 
 
 def test_the_command_line_prints_what_it_wrote(fits, tmp_path, capsys):
+    made = fits("ct")  # which prints too
     capsys.readouterr()
-    assert main(["render", str(fits("ct")), "--out", str(tmp_path), "--size", "20"]) == 0
+    assert main(["render", str(made), "--out", str(tmp_path), "--size", "20"]) == 0
     said = capsys.readouterr().out.split()
     assert said == [str(p) for p in tmp_path.iterdir()] and Path(said[0]).stat().st_size > 0
+
+
+def test_windows_of_one_sound_are_files_of_their_own():
+    names = ("a/hello.wav#0", "a/hello.wav#1", "scan.npy#0,1,2", "c:\\x.png", "plain")
+    assert [file_stem(n) for n in names] == [
+        "a_hello#0", "a_hello#1", "scan#0,1,2", "c__x", "plain",
+    ]  # fmt: skip

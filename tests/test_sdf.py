@@ -685,3 +685,14 @@ def test_drawings_of_omniglot(data_path):
     assert letter[0, 0] > 0.2 and -8 / 105 < letter.min() < -1.9 / 105
     vertical = (letter[1:] - letter[:-1]).abs().max()
     assert vertical <= 2 / 105 + EPS  # a distance changes by no more than one walks
+
+
+def test_skip_bad_reads_past_headers_that_are_none(tmp_path):
+    for i in range(3):
+        drawing = np.full((8, 8), 255, np.uint8)
+        drawing[2:5, 2 : 4 + i] = 0
+        Image.fromarray(drawing).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"1 of 4 left out: images: bad\.png"):
+        fields = sdf.open_all(tmp_path, SDF(dimensions=2, size=8, skip_bad=True))
+    assert fields.names == ("0.png", "1.png", "2.png")

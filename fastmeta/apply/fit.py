@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import itertools
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from torch import Tensor
 from .. import rng
 from ..batch import Batch
 from ..checkpoint import save_tensors, spec_to_json
-from ..meta.evaluate import fitted, predicted, score
-from ..ops.adapt import loss_grad
+from ..meta.evaluate import Start, fitted, predicted, score
+from ..ops.adapt import Adapted, loss_grad
+from ..spec import MLP
 from ..tasks import images as pictures
 from ..tasks import module
 from ..tasks.ct import Scan
@@ -104,7 +104,7 @@ def fit(options: Fit) -> Path:
         batch = _batch(options, learned, items, signal, len(rows)).to(where)
         ended = fitted(net, learned.start, batch, steps, **how)
         make_folder(options.out)
-        scores = _scores(net, ended.params, ended.losses, batch, kind.METRIC, how)
+        scores = _scores(net, learned.start, ended, batch, kind.METRIC, how)
         for t, name in enumerate(names):
             if not math.isfinite(scores[t]["last"]) or not bool(ended.params[t].isfinite().all()):
                 came = f"fit: {name} diverged within {steps} steps"
@@ -255,14 +255,19 @@ def _batch(options: Fit, learned: Learned, items: list[Any], signal: Any, at: in
 
 
 def _scores(
-    net: Any, params: Tensor, losses: Tensor, batch: Batch, metric: str, how: dict
+    net: MLP, start: Start, ended: Adapted, batch: Batch, metric: str, how: dict
 ) -> list[dict[str, float]]:
     """For each task: loss (as PSNR where it is a square) on what was seen, before some of the steps
     and after the last, and the score of the query where it is another set."""
+    params, losses = ended.params, ended.losses
     steps = len(losses)
     last = loss_grad(net, params, batch, step=steps, **how)[0]
     at = [k for k in _SHOWN if k < steps] + [steps]
-    values = torch.cat([losses, last[None]])[at].double().cpu()  # [len(at),T]
+    if start.eikonal and steps:  # the losses on the way hold its term, which is no distance
+        first = loss_grad(net, start.init, batch, **how)[0]
+        at, values = [0, steps], torch.stack([first, last]).double().cpu()
+    else:
+        values = torch.cat([losses, last[None]])[at].double().cpu()  # [len(at),T]
     name = "psnr" if batch.loss_parts[0] == "mse" else "loss"
     rows = []
     unseen = None
@@ -290,9 +295,8 @@ def _decibels(mse: float) -> float:
 
 
 def _stem(name: str, taken: set[str]) -> str:
-    """A file's name without ending, folders flattened; a number is added where another task has
-    that name already."""
-    stem = re.sub(r"[/\\:\0]", "_", os.path.splitext(name)[0])
+    """``show.file_stem``; a number is added where another task has that name already."""
+    stem = show.file_stem(name)
     tries = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
     free = next(t for t in tries if t.casefold() not in taken)
     taken.add(free.casefold())

@@ -4,6 +4,8 @@ poses, appearances in between, meshes, images and sound at any resolution."""
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -189,7 +191,7 @@ def _plane(options: Render, found: Fits, at: int, how: dict) -> list[Path]:
     """An image or a slice on a grid of its own aspect ratio, ``size`` high."""
     x, size = _grid(options, found, at)
     shown = images.to_pixels(mlp(found.net, found.params[at], x.to(found.params), **how), size)
-    path = options.out / f"{_file(found.names[at])}-{size[0]}.png"
+    path = options.out / f"{file_stem(found.names[at])}-{size[0]}.png"
     viz.save_png(path, shown)
     return [path]
 
@@ -206,7 +208,7 @@ def _orbit(options: Render, found: Fits, at: int, how: dict) -> list[Path]:
     radius = float(torch.tensor(found.tasks[at]["pose"])[:3, 3].norm())
     poses = cameras.orbit(options.frames, radius, options.elevation * torch.pi / 180)
     drawn = [_view(options, found, at, pose, how) for pose in poses]
-    stem, task = options.out / _file(found.names[at]), found.tasks[at]
+    stem, task = options.out / file_stem(found.names[at]), found.tasks[at]
     rgb, depth, acc = drawn[0]
     written = [stem.with_name(f"{stem.name}-{part}.png") for part in ("rgb", "depth", "opacity")]
     viz.save_png(written[0], rgb)
@@ -245,7 +247,7 @@ def _poses(options: Render, found: Fits, at: int, how: dict) -> list[Path]:
     for camera, name in enumerate(found.names):
         photo = _photo(options, found, camera)
         rgb, _, _ = phototourism.render_photo(found.net, found.params[at], photo, march, **how)
-        path = options.out / f"{_file(found.names[at])}-from-{_file(name)}.png"
+        path = options.out / f"{file_stem(found.names[at])}-from-{file_stem(name)}.png"
         viz.save_png(path, rgb)
         written.append(path)
     return written
@@ -253,7 +255,7 @@ def _poses(options: Render, found: Fits, at: int, how: dict) -> list[Path]:
 
 def _surface(options: Render, found: Fits, at: int, how: dict) -> list[Path]:
     """A mesh and a turntable; of a 2-D field a picture."""
-    net, params, name = found.net, found.params[at], _file(found.names[at])
+    net, params, name = found.net, found.params[at], file_stem(found.names[at])
     if found.tasks[at]["dimensions"] == 2:
         H, W = found.tasks[at]["size"]
         height = options.size or H
@@ -280,13 +282,13 @@ def _sound(options: Render, found: Fits, at: int, how: dict) -> list[Path]:
     x = lattice((length,), found.net.coords).to(found.params)
     rate = round(task["rate"] * length / task["length"])
     data = audio.wav_bytes(mlp(found.net, found.params[at], x, **how), rate)
-    return [_write(options.out / f"{_file(found.names[at])}-{length}.wav", data)]
+    return [_write(options.out / f"{file_stem(found.names[at])}-{length}.wav", data)]
 
 
 def _block(options: Render, found: Fits, at: int, how: dict) -> list[Path]:
     size = tuple(found.tasks[at]["size"]) if options.size is None else (options.size,) * 3
     data = _volume(found.net, found.params[at], size, how)
-    return [_write(options.out / f"{_file(found.names[at])}-{size[0]}.npy", data)]
+    return [_write(options.out / f"{file_stem(found.names[at])}-{size[0]}.npy", data)]
 
 
 def _blend(options: Render, found: Fits, first: int, last: int, how: dict) -> list[Path]:
@@ -317,7 +319,7 @@ def _blend(options: Render, found: Fits, first: int, last: int, how: dict) -> li
         x, size = _grid(options, found, first)
         x = x.to(found.params)
         frames = [images.to_pixels(mlp(found.net, w, x, **how), size) for w in weights]
-    name = f"{_file(found.names[first])}-to-{_file(found.names[last])}"
+    name = f"{file_stem(found.names[first])}-to-{file_stem(found.names[last])}"
     return _videos(options, options.out / name, frames)
 
 
@@ -380,6 +382,8 @@ def _write(path: Path, data: bytes) -> Path:
     return path
 
 
-def _file(name: str) -> str:
-    """A task's name as the name of a file."""
-    return "".join("_" if c in "/\\:\0" else c for c in Path(name).with_suffix("").as_posix())
+def file_stem(name: str) -> str:
+    """A task's name as that of a file without ending, folders flattened; a window's or a block's
+    number, behind #, stays."""
+    whole, mark, piece = name.partition("#")
+    return re.sub(r"[/\\:\0]", "_", os.path.splitext(whole)[0] + mark + piece)

@@ -114,12 +114,18 @@ def evaluate_run(options: Eval) -> Path:
     at_least("eval", options, 1, "count", "tune_tasks", "tune_at", "mean_steps")
     where = place(options.device, options.threads)
     runs = [open_start(run, where) for run in (options.run, *options.also)]
-    for other in runs[1:]:
-        _check_alike(runs[0], other)
     learned, out = runs[0], options.out
+    for other in runs[1:]:
+        _check_alike(learned, other)
     columns = _columns(options, learned)
     training, held_out = _evaluation_data(options, learned)
     held_out = held_out.take(range(min(options.count, len(held_out))))
+    for other in runs[1:] if options.data is None else []:
+        _check_unseen(learned, other, held_out)
+    kind = module(learned.kind)
+    if kind.PLANAR and kind.truth(held_out[0], learned.config.signal) is None:
+        came = f"eval: of {held_out.names[0]} the image itself is not known"
+        raise ValueError(f"{came}, so nothing can be scored; accepted are images or slices")
     tuning = training.take(range(min(options.tune_tasks, len(training))))
     if out is None:
         run = Path(options.run)
@@ -136,6 +142,22 @@ def _check_alike(first: Learned, other: Learned) -> None:
     if first.config.signal != other.config.signal or first.net.in_features != other.net.in_features:
         came = f"{other.name} learned {other.config.signal}, {first.name} {first.config.signal}"
         raise ValueError(f"eval: {came}; accepted in one table are runs on the same kind of task")
+    if first.net != other.net:
+        came = f"{other.name} has the network {other.net}, {first.name} {first.net}"
+        raise ValueError(f"eval: {came}; accepted in one table are runs with the same network")
+
+
+def _check_unseen(first: Learned, other: Learned, held_out: Any) -> None:
+    """Refuse to score a run on tasks that it learned from: another seed splits data otherwise."""
+    a, b = first.config, other.config
+    if not other.known or a.data != b.data or a.seed == b.seed:
+        return
+    training, validation, _ = open_data(b)
+    seen = set(held_out.names) & {*training.names, *validation.names}
+    if seen:
+        came = f"{other.name} has learned from {min(seen)}, or chosen its best start by it"
+        accepted = "accepted are runs whose --seed leaves the same tasks for test, and --data"
+        raise ValueError(f"eval: {came}; {accepted}")
 
 
 def _columns(options: Eval, learned: Learned) -> list[Column]:
@@ -382,7 +404,8 @@ def _markdown(
         best = f"after {max(1, min(steps, columns[-1].steps))} steps"
         after = "gradient steps"
     else:
-        best = f"after {columns[0].steps} steps, for each column"
+        steps = columns[0].steps if options.tune_at is None else options.tune_at
+        best = f"after {steps} steps, for each column"
         after = f"{columns[0].steps} gradient steps, by {kind.COUNTED} seen"
     lines = [
         f"{what} after {after}, mean ± standard error over {count} tasks never learned from. Every "

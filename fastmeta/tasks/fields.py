@@ -140,7 +140,8 @@ def _from_images(
     source: Any, options: SDF, *, dark: bool | None = None, names: Sequence[str] | None = None
 ) -> TaskSet:
     _same_dimensions("a source of images", 2, options)
-    images = open_images(source, size=options.size, channels=1)
+    headers = {"headers": 0} if options.skip_bad else {}
+    images = open_images(source, size=options.size, channels=1, **headers)
     below = options.ink == "dark" if dark is None else dark
 
     names = images.names if names is None else names

@@ -24,7 +24,16 @@ from ..spec import MLP
 from .arrays import DAMAGE, one_line
 from .cameras import Seen, check_kinv, check_poses, ray_batch, rays_from_kinv, render_rays
 from .files import ENDINGS, Memory, with_image
-from .sets import Shape, TaskSet, at_least, by_part, not_counted, readable, split
+from .sets import (
+    Shape,
+    TaskSet,
+    at_least,
+    by_part,
+    not_counted,
+    readable,
+    refuse_changed,
+    split,
+)
 from .views import check_march
 
 COUNTED, METRIC, PLANAR = None, "psnr", False
@@ -75,6 +84,8 @@ class Phototourism:
             if not 0 < value < math.inf:
                 came = f"{name} is {value}"
                 raise ValueError(f"phototourism: {came}; accepted is a finite number above 0")
+        if self.train_photos is not None:
+            refuse_changed(self, "train_photos", "group")
         check_march("phototourism", self.last_interval, self.density)
 
 
