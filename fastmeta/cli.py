@@ -190,6 +190,7 @@ def _options(kind: Callable[..., Any], name: str, arguments: list[str], default:
     if arguments and not arguments[0].startswith("-"):  # fastmeta fit RUN ...
         arguments = ["--fits" if name == "render" else "--run", *arguments]
     given = {} if default is None else {"default": default}
+    arguments = ["None" if word == "none" else word for word in arguments]  # as the help has it
     panel = io.StringIO()
     try:
         with redirect_stderr(panel):

@@ -44,8 +44,8 @@ RECIPES = {
             "size": 256, "angles": 20, "network": "fourier", "width": 256, "depth": 5,
             "features": 256, "feature_scale": 30.0, "algorithm": "reptile", "inner_steps": 12,
             "inner_lr": 10.0, "tasks": 1, "lr": 5e-5, "iterations": 100_000,
-            "test_counts": (1, 2, 4, 8), "test_steps": 1000, "validate_every": 1000,
-            "save_every": 1000,
+            "test_counts": (1, 2, 4, 8), "test_steps": 1000, "validate_every": 5000,
+            "validate_tasks": 4, "save_every": 1000,
         },
         {
             "size": 64, "angles": 20, "network": "fourier", "width": 128, "depth": 5,

@@ -721,3 +721,10 @@ def test_scans_cannot_be_scored(tmp_path, bad):
     )  # fmt: skip
     tr.train(config)
     bad(["eval", config.out], "the image itself is not known", "accepted are images or slices")
+
+
+def test_none_is_none_as_the_help_has_it(tmp_path):
+    out = tmp_path / "run"
+    few = ["--iterations", "1", "--per-step", "none", "--clip", "None", "--validate-tasks", "1"]
+    assert main(["train", "images", "--data", "text", "--out", str(out), *SMALL, *few]) == 0
+    assert tr.saved_config(out).per_step is None

@@ -589,3 +589,14 @@ def test_a_network_learns_a_chest_slice_from_its_sinogram(data_path):
     truth = ct.truth(item, options)
     assert fit.losses[-1] < 0.05 * fit.losses[0]
     assert psnr(shown, truth) > psnr(truth.mean(), truth) + 3
+
+
+def test_a_damaged_header_is_left_out_with_skip_bad(tmp_path):
+    pytest.importorskip("pydicom")
+    write_slice(tmp_path / "good.dcm", np.arange(64).reshape(8, 8))
+    (tmp_path / "bad.dcm").write_bytes((tmp_path / "good.dcm").read_bytes()[:200])
+    with pytest.raises((ValueError, OSError), match="bad.dcm"):
+        ct.open_all(tmp_path, ct.CT(size=8))
+    with pytest.warns(UserWarning, match="bad.dcm"):
+        slices = ct.open_all(tmp_path, ct.CT(size=8, skip_bad=True))
+    assert slices.names == ("good.dcm",)

@@ -358,8 +358,11 @@ def test_fit_writes_what_each_network_shows(case, start, tmp_path):
             assert float(row["mae_unseen"]) == pytest.approx(after, abs=1e-4)
         elif "psnr_unseen" in row:
             assert float(row["psnr_unseen"]) == pytest.approx(-10 * math.log10(after), abs=0.01)
+        elif "psnr_whole" in row:
+            assert float(row["psnr_whole"]) == pytest.approx(-10 * math.log10(after), abs=0.01)
         assert (out / row["picture"]).suffix == ENDINGS.get(case, ".png")
-        assert ("psnr_unseen" in row) == (case in ("ct", "views", "phototourism"))
+        assert ("psnr_unseen" in row) == (case in ("views", "phototourism"))
+        assert ("psnr_whole" in row) == (case == "ct")
     if case in ("images", "ct", "views", "phototourism", "curves"):
         shown = kind.picture(net, tensors["params"][-1], tasks[len(tasks) - 1], config.signal)
         with Image.open(out / rows[-1]["picture"]) as image:

@@ -60,7 +60,8 @@ def opened(folder):
 
 def drawn(folder, out, **options):
     """{name: path} of what was written."""
-    given = {"device": "cpu", "video": "gif", "frames": 3, **options}
+    moving = "to" in options or opened(folder).kind in ("views", "sdf")
+    given = {"device": "cpu", **({"video": "gif", "frames": 3} if moving else {}), **options}
     paths = render(Render(folder, out, **given))
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in paths)
     return {path.name: path for path in paths}
@@ -493,3 +494,14 @@ def test_windows_of_one_sound_are_files_of_their_own():
     assert [file_stem(n) for n in names] == [
         "a_hello#0", "a_hello#1", "scan#0,1,2", "c__x", "plain",
     ]  # fmt: skip
+
+
+def test_options_that_leave_what_is_drawn_as_it_is_are_refused(fits, tmp_path, capsys):
+    folder = str(fits("images"))
+    given = ["render", folder, "--out", str(tmp_path / "o")]
+    assert main([*given, "--frames", "5"]) == 2
+    assert "frames is 5 with images, where it has no effect" in capsys.readouterr().err
+    assert (
+        main(["render", str(fits("views")), "--out", str(tmp_path / "o"), "--resolution", "9"]) == 2
+    )
+    assert "resolution is 9 with views" in capsys.readouterr().err

@@ -696,3 +696,11 @@ def test_skip_bad_reads_past_headers_that_are_none(tmp_path):
     with pytest.warns(UserWarning, match=r"1 of 4 left out: images: bad\.png"):
         fields = sdf.open_all(tmp_path, SDF(dimensions=2, size=8, skip_bad=True))
     assert fields.names == ("0.png", "1.png", "2.png")
+
+
+@pytest.mark.parametrize("option", [{"ink": "light"}, {"size": 16}])
+def test_options_of_images_are_refused_with_distances(option, tmp_path):
+    np.savez(tmp_path / "a.npz", sdf=np.linspace(-1, 1, 2 * 64).reshape(2, 8, 8).astype("f4"))
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} is .* with distances, as .*a.npz holds them"):
+        sdf.open_all(tmp_path / "a.npz", SDF(dimensions=2, **option))

@@ -569,3 +569,17 @@ def test_a_chest_in_blocks(data_path):
     wanted = (block - low) / (high - low) if window else block / np.iinfo(slices.dtype).max
     np.testing.assert_allclose(item[..., 0].numpy(), wanted.clip(0, 1), atol=2**-22)
     assert item.std() > 0.01
+
+
+def test_values_that_cannot_be_used_are_left_out_with_skip_bad(tmp_path):
+    """NaN is found on reading only, so everything is read once then."""
+    good = np.random.default_rng(0).random((4, 4, 4), dtype=np.float32)
+    bad = np.where(np.arange(4) == 2, np.nan, good).astype(np.float32)
+    for name, values in (("a", good), ("b", bad), ("c", good)):
+        np.save(tmp_path / f"{name}.npy", values)
+    with pytest.warns(UserWarning, match=r"1 of 3 left out: .*b"):
+        tasks = volumes.open_all(tmp_path, Volumes(size=2, skip_bad=True))
+    assert [name[0] for name in tasks.names] == ["a", "c"]
+    sounds = np.stack([good.reshape(-1), bad.reshape(-1)])
+    with pytest.warns(UserWarning, match="1 of 2 left out"):
+        assert len(audio.open_all(sounds, Audio(length=64, skip_bad=True))) == 1

@@ -30,6 +30,7 @@ from . import show
 from .start import Learned, open_start, resized
 from .write import write_csv
 
+_WHOLE = ("ct", "audio", "volumes")  # the query holds what was seen
 _SHOWN = (0, 1, 2, 3, 4, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)  # steps in scores
 
 
@@ -92,7 +93,7 @@ def fit(options: Fit) -> Path:
     learned = open_start(options.run, where, lr=options.lr, rule=options.rule)
     _check_kind(options, learned)
     _keep_apart(options)
-    net, config, kind = learned.net, learned.config, module(learned.kind)
+    net, config = learned.net, learned.config
     trained = config.inner_steps if config.test_steps is None else config.test_steps
     steps = trained if options.steps is None else options.steps
     how: dict[str, Any] = {"impl": options.impl, "precision": options.precision}
@@ -104,7 +105,7 @@ def fit(options: Fit) -> Path:
         batch = _batch(options, learned, items, signal, len(rows)).to(where)
         ended = fitted(net, learned.start, batch, steps, **how)
         make_folder(options.out)
-        scores = _scores(net, learned.start, ended, batch, kind.METRIC, how)
+        scores = _scores(net, learned.start, ended, batch, learned.kind, how)
         for t, name in enumerate(names):
             if not math.isfinite(scores[t]["last"]) or not bool(ended.params[t].isfinite().all()):
                 came = f"fit: {name} diverged within {steps} steps"
@@ -135,9 +136,9 @@ def summary(out: Path) -> str:
     means = {
         k: sum(float(row[k]) for row in rows) / len(rows)
         for k in rows[0]
-        if re.fullmatch(r"(psnr|loss)_\d+|(psnr|mae)_unseen", k)
+        if re.fullmatch(r"(psnr|loss)_\d+|(psnr|mae)_(unseen|whole)", k)
     }
-    steps = max(int(k.split("_")[1]) for k in means if not k.endswith("unseen"))
+    steps = max(int(k.split("_")[1]) for k in means if k[-1].isdigit())
     kind = next(iter(means)).split("_")[0]
     say = "mean PSNR {:.2f} dB" if kind == "psnr" else "mean loss {:.5f}"
     line = f"{len(rows)} tasks, {say.format(means[f'{kind}_0'])} at the start"
@@ -146,6 +147,8 @@ def summary(out: Path) -> str:
         line += f", {after.format(means[f'{kind}_{steps}'])} after {steps} steps"
     if "psnr_unseen" in means:
         return f"{line}, {means['psnr_unseen']:.2f} dB where nothing was seen"
+    if "psnr_whole" in means:
+        return f"{line}, {means['psnr_whole']:.2f} dB on the signal as a whole"
     if "mae_unseen" in means:
         return f"{line}, mean absolute error {means['mae_unseen']:.5f} on other points"
     return line
@@ -255,10 +258,12 @@ def _batch(options: Fit, learned: Learned, items: list[Any], signal: Any, at: in
 
 
 def _scores(
-    net: MLP, start: Start, ended: Adapted, batch: Batch, metric: str, how: dict
+    net: MLP, start: Start, ended: Adapted, batch: Batch, kind: str, how: dict
 ) -> list[dict[str, float]]:
     """For each task: loss (as PSNR where it is a square) on what was seen, before some of the steps
-    and after the last, and the score of the query where it is another set."""
+    and after the last, and the score of the query where it is another set: psnr_unseen or
+    mae_unseen, or psnr_whole where what was seen is a part of it, or was seen indirectly."""
+    metric = module(kind).METRIC
     params, losses = ended.params, ended.losses
     steps = len(losses)
     last = loss_grad(net, params, batch, step=steps, **how)[0]
@@ -282,7 +287,7 @@ def _scores(
         if unseen is not None:
             s = float(unseen[t])
             row |= (
-                {"psnr_unseen": round(s, 3)}
+                {f"psnr_{'whole' if kind in _WHOLE else 'unseen'}": round(s, 3)}
                 if metric == "psnr"
                 else {"mae_unseen": round(10 ** (-s / 20), 8)}
             )

@@ -21,7 +21,7 @@ from ..ops.mlp import mlp
 from ..spec import MLP
 from ..tasks import audio, cameras, images, module, options, phototourism, surface, views
 from ..tasks.grids import lattice
-from ..tasks.sets import at_least
+from ..tasks.sets import at_least, refuse_changed
 from ..train import make_folder, place
 
 FITS = "fits.safetensors"
@@ -159,6 +159,13 @@ def render(options: Render) -> list[Path]:
     where = place(options.device, options.threads)
     found = open_fits(options.fits, where)
     at = _index(found, options.name)
+    video = ("frames", "fps", "video")
+    used = {"views": (*video, "elevation"), "sdf": (*video, "elevation", "resolution")}
+    drawn = video if options.to is not None else used.get(found.kind, ())
+    idle = {*video, "elevation", "resolution"} - {*drawn}
+    if options.to is not None and found.kind == "sdf":
+        idle -= {"elevation"}
+    refuse_changed(options, f"{found.kind}{' and to' if options.to else ''}", *sorted(idle))
     make_folder(options.out)
     how = {"impl": options.impl, "precision": options.precision}
     if options.to is not None:

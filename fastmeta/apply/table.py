@@ -3,6 +3,7 @@ angles (CT) or of views (objects) after so many steps."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -192,7 +193,7 @@ def _evaluation_data(options: Eval, learned: Learned) -> tuple[Any, Any]:
         return training, test
     signal, kind = learned.config.signal, module(learned.kind)
     if options.data in NAMED:
-        training, _, test = kind.open_splits(options.data, signal, options.seed)
+        training, _, test = kind.open_splits(options.data, _bare(signal), options.seed)
         return training, test
     found = kind.open_all(options.data, signal)
     if len(found) < 2:
@@ -201,13 +202,24 @@ def _evaluation_data(options: Eval, learned: Learned) -> tuple[Any, Any]:
     return found.take(range(len(found) - spare, len(found))), found.take(range(len(found) - spare))
 
 
+def _bare(signal: Any) -> Any:
+    """The options without those of files, which data that fastmeta makes leave without effect."""
+    made = ("validation", "test", "group", "skip_bad", "hu_low", "hu_high")
+    own = {f.name: f.default for f in dataclasses.fields(signal) if f.name in made}
+    return dataclasses.replace(signal, **own)
+
+
+_KEPT = 1 << 30
 NAMED = ("text", "phantoms", "chairs")  # data that fastmeta makes itself
 
 
 def _batches(
-    learned: Learned, tasks: Any, count: int | None, where: torch.device, seed: int
+    learned: Learned, tasks: Any, count: int | None, where: torch.device, seed: int, kept: int = 1
 ) -> Iterator[Batch]:
+    """The tasks as they are seen, few enough at a time that ``kept`` sets of weights of each fit
+    into ``_KEPT`` bytes."""
     chunk = 8 if learned.kind == "images" else 4
+    chunk = max(1, min(chunk, _KEPT // (4 * kept * learned.net.num_params)))
     for batch in seen_at_test(learned.config, tasks, learned.net, count, chunk=chunk, seed=seed):
         yield batch.to(where)
 
@@ -280,8 +292,9 @@ def _row(
     scores, similar = [], []
     for number, group in enumerate(groups):
         found, start, at = [], tuned[number].start, 0
-        for batch in _batches(learned, held_out, group[0].count, where, options.seed):
-            steps = [column.steps for column in group]
+        steps = [column.steps for column in group]
+        kept = max(steps) + 1 if len(steps) > 1 else 1  # ``reached`` keeps a trajectory
+        for batch in _batches(learned, held_out, group[0].count, where, options.seed, kept):
             reached_, thetas = reached(net, start, batch, steps, kind.METRIC, **how)
             found.append(reached_.double().cpu())
             for t in range(batch.tasks):

@@ -114,14 +114,14 @@ def read_npz(
     kind: str,
     path: Path,
     heads: Mapping[str, Head],
-    memory: int | None = None,
+    memory: int = 8 << 30,
     instead: str = "give more memory",
 ) -> dict[str, np.ndarray]:
     """The arrays of a .npz that ``heads`` names, read whole.
 
     Args:
         heads: of ``npz_heads``; pickles and sizes are refused by them, before any data is read.
-        memory: bytes that are accepted; None: any number.
+        memory: bytes that are accepted.
         instead: what the message advises for more.
 
     Raises:
@@ -131,7 +131,7 @@ def read_npz(
         if dtype.hasobject:
             raise ValueError(f"{kind}: {name} in {path} is pickled; accepted are plain arrays")
     need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in heads.values())
-    if memory is not None and need > memory:
+    if need > memory:
         came = f"{path} needs {need} bytes, memory is {memory}"
         raise ValueError(f"{kind}: {came}; a .npz is read whole: {instead}")
     try:

@@ -25,7 +25,7 @@ from ..ops.mlp import mlp
 from ..spec import MLP
 from .arrays import Stored, by_file, existing, kept, list_files, open_array, skipped
 from .grids import grid_batch, lattice, scored_whole
-from .sets import Shape, TaskSet, at_least, folders_or_split, not_counted
+from .sets import Shape, TaskSet, at_least, folders_or_split, not_counted, readable
 
 COUNTED, METRIC, PLANAR = None, "psnr", False
 _SOURCES = "accepted are a folder of wav, a wav, npy, npz, and an array [n,N] or [n,N,C]"
@@ -93,6 +93,11 @@ def open_all(source: Any, options: Audio) -> TaskSet:
         ValueError, OSError: nothing there, damaged or pickled, shorter than a window, several rates
             without ``rate``; on reading, floats out of [-1,1], NaN.
     """
+    tasks = _open(source, options)
+    return readable(tasks) if options.skip_bad else tasks
+
+
+def _open(source: Any, options: Audio) -> TaskSet:
     if isinstance(source, (np.ndarray, Tensor)):
         return _windows(_rows(open_array("audio", source, "audio", (2, 3))), options)
     path = existing("audio", source, _SOURCES)

@@ -150,7 +150,9 @@ def _open(source: Any, options: CT) -> tuple[str, Any]:
         root, names = list_dicom(path)
         if names:
             window = (options.hu_low, options.hu_high)
-            return "DICOM", _usable(from_dicom(root, names, options.size, window), options)
+            return "DICOM", _usable(
+                from_dicom(root, names, options.size, window, options.skip_bad), options
+            )
         if path.suffix.lower() == ".npz" and path.is_file() and _holds_scans(path):
             return "scans", open_scans(path, options.size)
     headers = {"headers": 0} if options.skip_bad else {}

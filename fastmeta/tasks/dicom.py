@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import skipped
 from .files import FORMATS, ImageSet, open_images
 
 _TAGS = [
@@ -78,9 +79,21 @@ def _is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def from_dicom(root: Path, names: list[str], size: int, window: tuple[float, float]) -> ImageSet:
-    keys = {name: _with_dicom(root, name, _key, stop_before_pixels=True) for name in names}
-    slices = sorted((n for n in names if keys[n] is not None), key=lambda n: (*keys[n], n))
+def from_dicom(
+    root: Path,
+    names: list[str],
+    size: int,
+    window: tuple[float, float],
+    skip_bad: bool = False,
+) -> ImageSet:
+    """The slices among files, in order; with skip_bad without those whose header is damaged."""
+    keys = {}
+    for name in names:
+        try:
+            keys[name] = _with_dicom(root, name, _key, stop_before_pixels=True)
+        except (ValueError, OSError) as error:
+            skipped("ct", error, skip_bad)
+    slices = sorted((n for n, key in keys.items() if key is not None), key=lambda n: (*keys[n], n))
     if not slices:
         raise ValueError(f"ct: {root} holds DICOM files, but no slice; accepted is one at least")
 

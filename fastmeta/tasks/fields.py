@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .arrays import as_array, existing, files_below, map_npy, npz_heads, one_line, read_npz
 from .files import open_images
-from .sets import TaskSet
+from .sets import TaskSet, refuse_changed
 
 if TYPE_CHECKING:
     from .sdf import SDF
@@ -95,6 +95,7 @@ def open_fields(source: Any, options: SDF) -> tuple[TaskSet, int | None]:
         for endings, read in ((MESHES, mesh_field), ((".npy",), _read_npy)):
             names = files_below(path, endings)
             if names:
+                _refuse_of_images(options, str(path))
                 return _from_files(path, names, read, options), None
     elif path.suffix.lower() in MESHES:
         return _from_files(path.parent, [path.name], mesh_field, options), None
@@ -120,6 +121,11 @@ def _set(names: Sequence[str], options: SDF, read: Callable[[int], np.ndarray]) 
         return field
 
     return TaskSet(get, tuple(names))
+
+
+def _refuse_of_images(options: SDF, where: str) -> None:
+    """Distances have no ink, and the size that they are stored in."""
+    refuse_changed(options, f"distances, as {where} holds them", "ink", "size")
 
 
 def _same_dimensions(where: str, found: int, options: SDF) -> None:
@@ -194,6 +200,7 @@ def _from_array(where: str, array: np.ndarray, options: SDF) -> TaskSet:
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise ValueError(f"sdf: {where} has shape {array.shape}; accepted are [n,H,W], [n,D,H,W]")
     _same_dimensions(where, array.ndim - 1, options)
+    _refuse_of_images(options, where)
     return _set([str(i) for i in range(len(array))], options, lambda row: array[row])
 
 
@@ -223,6 +230,7 @@ def _from_npz(path: Path, options: SDF) -> tuple[TaskSet, int | None]:
     if given is not None and rest is not None and not 0 < int(given) == n - int(rest):
         came = f"n_train is {given} and n_val {rest} of {n} fields"
         raise ValueError(f"sdf: {path}: {came}; accepted are two numbers that add up")
+    _refuse_of_images(options, str(path))
     factor = np.float32(scale)
     tasks = _set(_names(path, arrays.get("names"), n), options, lambda row: values[row] * factor)
     return tasks, None if given is None or rest is None else int(given)

@@ -23,7 +23,7 @@ from ..ops.mlp import mlp
 from ..spec import MLP
 from .arrays import Stored, by_file, existing, kept, list_files, open_array, skipped
 from .grids import grid_batch, lattice, scored_whole
-from .sets import Shape, TaskSet, at_least, folders_or_split, not_counted
+from .sets import Shape, TaskSet, at_least, folders_or_split, not_counted, readable
 
 COUNTED, METRIC, PLANAR = None, "psnr", False
 _SOURCES = "accepted are npy, npz, an array [n,D,H,W] or [n,D,H,W,C], a folder of npy and npz"
@@ -89,6 +89,11 @@ def open_all(source: Any, options: Volumes) -> TaskSet:
         ValueError, OSError: nothing there, a wrong shape or dtype, pickled objects, a volume
             smaller than a block; on reading, values out of [0,1] without a window, NaN.
     """
+    tasks = _open(source, options)
+    return readable(tasks) if options.skip_bad else tasks
+
+
+def _open(source: Any, options: Volumes) -> TaskSet:
     if isinstance(source, (np.ndarray, Tensor)):
         return _set(_volumes(open_array("volumes", source, "volumes", (3, 4, 5)), options), options)
     path = existing("volumes", source, _SOURCES)
