@@ -83,10 +83,21 @@ def study(name: str) -> None:
         if (name, part) == ("photos", "strip"):
             continue  # it holds photos that are their authors'
         shutil.copyfile(result / f"{part}.{ending}", DOCS / f"{name}_{part}.{ending}")
+    if name == "chairs":
+        orbit(first, str(DATA / "chairs" / "chairs_64.npz"))
     scored = time.perf_counter() - trained
     print(
         f"{name}: {trained - started:.0f} s of training, {scored:.0f} s of evaluation", flush=True
     )
+
+
+def orbit(start: str, data: str) -> None:
+    """A chair of the test part, fitted to one view, from all sides."""
+    name, fits, out = "scopia_white_kitchen_chair", RUNS / "chairs-fit", RUNS / "chairs-orbit"
+    run(["fit", start, "--data", data, "--names", name, "--count", "1", "--out", str(fits)])
+    size = ["--size", "128", "--frames", "36", "--fps", "18", "--video", "gif"]
+    run(["render", str(fits), *size, "--out", str(out)])
+    shutil.copyfile(out / f"{name}-orbit.gif", DOCS / "chairs_orbit.gif")
 
 
 if __name__ == "__main__":

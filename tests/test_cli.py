@@ -728,3 +728,26 @@ def test_none_is_none_as_the_help_has_it(tmp_path):
     few = ["--iterations", "1", "--per-step", "none", "--clip", "None", "--validate-tasks", "1"]
     assert main(["train", "images", "--data", "text", "--out", str(out), *SMALL, *few]) == 0
     assert tr.saved_config(out).per_step is None
+
+
+def test_an_interrupt_keeps_the_fits_that_are_done(run, photos, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module("fastmeta.apply.fit")
+    plain, calls = module._fit_some, []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        plain(*given)
+
+    monkeypatch.setattr(module, "_fit_some", interrupted)
+    given = ["fit", str(run), "--data", str(photos), "--size", "native"]
+    assert main([*given, "--out", str(tmp_path / "fits")]) == 130
+    assert "2 fits are done and in" in capsys.readouterr().err
+    assert [row["name"] for row in scores(tmp_path / "fits")] == ["a.png", "b.png"]
+    tensors, meta = load_tensors(tmp_path / "fits" / "fits.safetensors")
+    assert len(tensors["params"]) == 2 and meta["name"] == ["a.png", "b.png"]
+    calls.clear()
+    calls += [1, 1]
+    assert main([*given, "--out", str(tmp_path / "none")]) == 130
+    assert not (tmp_path / "none" / "scores.csv").exists()

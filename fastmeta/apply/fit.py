@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,8 @@ def fit(options: Fit) -> Path:
     what ``fastmeta render`` needs to know; ``scores.csv`` the score of each before steps and after
     the last; and each has a file of what its network shows (a picture, a mesh, a waveform).
 
+    An interrupt saves the fits that are done and raises KeyboardInterrupt.
+
     Raises:
         ValueError, OSError: a start, data or options that do not fit. FloatingPointError: a fit
             diverged.
@@ -93,40 +95,66 @@ def fit(options: Fit) -> Path:
     learned = open_start(options.run, where, lr=options.lr, rule=options.rule)
     _check_kind(options, learned)
     _keep_apart(options)
+    done = _Done()
+    try:
+        for names, items, signal in _chunks(options, learned):
+            _fit_some(options, learned, names, items, signal, where, done)
+    except KeyboardInterrupt:
+        if not done.rows:
+            raise
+        _save(options, learned, done)
+        raise KeyboardInterrupt(f"{len(done.rows)} fits are done and in {options.out}") from None
+    _save(options, learned, done)
+    return options.out
+
+
+@dataclass
+class _Done:
+    """What has been fitted so far; taken: names of files, in lower case."""
+
+    rows: list[dict] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    described: list[dict] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)
+
+
+def _fit_some(
+    options: Fit,
+    learned: Learned,
+    names: list[str],
+    items: list[Any],
+    signal: Any,
+    where: torch.device,
+    done: _Done,
+) -> None:
+    """Some tasks at once: weights, scores, a file for each."""
     net, config = learned.net, learned.config
     trained = config.inner_steps if config.test_steps is None else config.test_steps
     steps = trained if options.steps is None else options.steps
     how: dict[str, Any] = {"impl": options.impl, "precision": options.precision}
-    rows: list[dict] = []
-    weights: list[Tensor] = []
-    described: list[dict] = []
-    taken = set[str]()
-    for names, items, signal in _chunks(options, learned):
-        batch = _batch(options, learned, items, signal, len(rows)).to(where)
-        ended = fitted(net, learned.start, batch, steps, **how)
-        make_folder(options.out)
-        scores = _scores(net, learned.start, ended, batch, learned.kind, how)
-        for t, name in enumerate(names):
-            if not math.isfinite(scores[t]["last"]) or not bool(ended.params[t].isfinite().all()):
-                came = f"fit: {name} diverged within {steps} steps"
-                raise FloatingPointError(f"{came}; a smaller --lr may help")
-            stem = _stem(name, taken)
-            made = show.export(
-                learned.kind, options.out / stem, net, ended.params[t], items[t], signal, how
-            )
-            row = {"name": name, "picture": made.name} | scores[t]
-            del row["last"]
-            rows.append(row)
-            described.append(show.describe(learned.kind, items[t], signal))
-        weights.append(ended.params.cpu())
-    spec, tensors = spec_to_json(net)
-    tensors["params"] = torch.cat(weights)
-    listed = {key: [row[key] for row in rows] for key in ("name", "picture")}
-    signal_json = {"kind": learned.kind, **dataclasses.asdict(config.signal)}
-    meta = {"kind": "fits", "net": spec, "signal": signal_json, "tasks": described, **listed}
+    batch = _batch(options, learned, items, signal, len(done.rows)).to(where)
+    ended = fitted(net, learned.start, batch, steps, **how)
+    scores = _scores(net, learned.start, ended, batch, learned.kind, how)
+    make_folder(options.out)
+    for t, name in enumerate(names):
+        if not math.isfinite(scores[t].pop("last")) or not bool(ended.params[t].isfinite().all()):
+            came = f"fit: {name} diverged within {steps} steps"
+            raise FloatingPointError(f"{came}; a smaller --lr may help")
+        path, weights = options.out / _stem(name, done.taken), ended.params[t]
+        made = show.export(learned.kind, path, net, weights, items[t], signal, how)
+        done.rows.append({"name": name, "picture": made.name} | scores[t])
+        done.described.append(show.describe(learned.kind, items[t], signal))
+        done.weights.append(weights.cpu())
+
+
+def _save(options: Fit, learned: Learned, done: _Done) -> None:
+    spec, tensors = spec_to_json(learned.net)
+    tensors["params"] = torch.stack(done.weights)
+    listed = {key: [row[key] for row in done.rows] for key in ("name", "picture")}
+    signal = {"kind": learned.kind, **dataclasses.asdict(learned.config.signal)}
+    meta = {"kind": "fits", "net": spec, "signal": signal, "tasks": done.described, **listed}
     save_tensors(options.out / show.FITS, tensors, meta)
-    write_csv(options.out / "scores.csv", rows)
-    return options.out
+    write_csv(options.out / "scores.csv", done.rows)
 
 
 def summary(out: Path) -> str:
