@@ -585,12 +585,23 @@ def test_alive_is_the_share_of_samples_with_density():
 
 def test_reptile_takes_the_batch_and_maml_the_query():
     items = scenes((4, 4), (3, 4))
-    reptile = fm.Reptile(NET, 2, 0.1)
-    reptile(views.learn(items, FEW, NET, SEEDS, 6)).backward()
+    init = NET.init(generator=torch.Generator().manual_seed(0))[0]
+    learnt, seen = (
+        views.learn(items, FEW, NET, SEEDS, 6),
+        views.observe(items, FEW, NET, SEEDS, 2, 6),
+    )
+    assert views.alive(NET, init, learnt, learnt.measure) > 0.1  # else there is nothing to learn
+    reptile = fm.Reptile(NET, 2, 0.1, init=init)
+    reptile(learnt).backward()
+    ended = fm.adapt(NET, init, learnt, 2, 0.1).params.mean(0)
     assert reptile.init.grad.norm() > 0
-    maml = fm.MAML(NET, 2, 0.1)
-    maml(views.observe(items, FEW, NET, SEEDS, 2, 6)).backward()
-    assert maml.init.grad.norm() > 0
+    torch.testing.assert_close(reptile.init.grad, init - ended, rtol=0, atol=1e-7)
+    maml = fm.MAML(NET, 2, 0.1, order=1, init=init)
+    maml(seen).backward()
+    theta = fm.adapt(NET, init, seen, 2, 0.1).params
+    wanted = fm.loss_grad(NET, theta, seen.query, step=2)[1].mean(0)
+    assert wanted.norm() > 0
+    torch.testing.assert_close(maml.init.grad, wanted, rtol=1e-4, atol=1e-6)
 
 
 # real data
