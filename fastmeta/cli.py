@@ -17,11 +17,12 @@ import torch
 from . import __version__, env, recipes
 from .apply import Eval, Fit, Render, builtin, evaluate_run, fit, render, summary
 from .batch import MEASURES
+from .config import CONFIG, Config, in_effect, saved_config
 from .ops import dispatch
 from .rules import RULES
 from .spec import ACTIVATIONS, MLP
 from .tasks import KINDS, kind_of, options
-from .train import CONFIG, Config, in_effect, saved_config, train
+from .train import train
 
 # What a user can mend, as opposed to a fault of ours: one line, exit code 2.
 _USER_ERRORS = (

@@ -1,6 +1,6 @@
 """The paper's recipes, and small ones of the same shape that show the effect in minutes on a CPU.
 
-A recipe is a kind of signal with values for its options and for ``train.Config``; what it does not
+A recipe is a kind of signal with values for its options and for ``config.Config``; what it does not
 name has its default. ``--recipe celeba`` is exactly what the paper and its notebooks did, batches
 of 1 or 3 tasks included; larger meta-batches, by ``--tasks``, are another algorithm. Source: Tancik
 et al. 2021 and its notebooks; Sitzmann et al. 2020 (MetaSDF, 3-D); the small ones are ours.
@@ -12,8 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .config import Config
 from .tasks import KINDS, options
-from .train import Config
 
 SCALES = ("paper", "small")
 
@@ -125,7 +125,7 @@ def configure(
 
     Args:
         name: one of ``RECIPES``. scale: one of ``SCALES``.
-        data, out, changes: fields of ``train.Config`` and options of the kind of signal.
+        data, out, changes: fields of ``config.Config`` and options of the kind of signal.
 
     Raises:
         ValueError: no such recipe, scale or option; audio and volumes at the paper's scale, which

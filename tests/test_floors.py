@@ -14,7 +14,7 @@ FLOORS = {
     "reference": 1, "native": 1, "triton": 1,
     "ops": 2,
     "checkpoint": 3, "convert": 3, "tasks": 3,
-    "nn": 4, "compat": 4, "meta": 4,
+    "config": 4, "nn": 4, "compat": 4, "meta": 4,
     "train": 5, "distributed": 5, "viz": 5,
     "apply": 6, "recipes": 6,
     "cli": 7,

@@ -34,8 +34,8 @@ def test_the_example_runs(tmp_path, monkeypatch):
 
 def test_every_option_it_names_exists():
     from fastmeta.apply import Eval, Fit, Render, builtin
+    from fastmeta.config import Config
     from fastmeta.tasks import KINDS, options
-    from fastmeta.train import Config
 
     forms = (Config, Fit, Eval, Render, *map(options, KINDS))
     fields = {name.replace("_", "-") for form in forms for name in form.__dataclass_fields__}

@@ -11,6 +11,7 @@ import torch
 
 import fastmeta as fm
 from fastmeta import cli, recipes
+from fastmeta import config as cfg
 from fastmeta import train as tr
 from fastmeta.cli import main
 from fastmeta.tasks import KINDS, kind_of, options
@@ -306,11 +307,11 @@ def test_a_configuration_comes_back_from_json(kind, tmp_path):
         assert apart or getattr(signal, field.name) != field.default, field.name
     config = tr.Config("d", tmp_path, signal, clip=0.5, test_steps=9, **MORE.get(kind, {}))
     text = json.dumps(tr.as_json(config))
-    assert tr.from_json(json.loads(text), tmp_path) == config
+    assert cfg.from_json(json.loads(text), tmp_path) == config
     (tmp_path / tr.CONFIG).write_text(text)
     assert tr.saved_config(tmp_path) == config
     default = recipes.default(kind, data="d", out=tmp_path)
-    assert tr.from_json(json.loads(json.dumps(tr.as_json(default))), tmp_path) == default
+    assert cfg.from_json(json.loads(json.dumps(tr.as_json(default))), tmp_path) == default
     stored = json.loads(text)
     for change in ({"nonsense": 3}, {"kind": "smells"}, {"tasks": 0}):
         (tmp_path / tr.CONFIG).write_text(json.dumps({**stored, **change}))

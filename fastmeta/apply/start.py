@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import load_start
+from ..config import Config, from_json, saved_config
 from ..convert import load_learnit
 from ..meta.evaluate import Start
 from ..spec import MLP
 from ..tasks import kind_of, module, options
-from ..train import BEST, Config, from_json, saved_config
+from ..train import BEST
 
 
 @dataclass(frozen=True, eq=False)
