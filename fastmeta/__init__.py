@@ -1,6 +1,6 @@
 """fastmeta: meta-learned initial weights for coordinate networks, at kernel speed."""
 
-from . import rules
+from . import nn, rules
 from .batch import Batch, March, Project, Rays
 from .checkpoint import load_init, save_init
 from .convert import from_module, load_learnit, to_module
@@ -36,6 +36,7 @@ __all__ = [
     "loss_hvp",
     "mlp",
     "nerf_mlp",
+    "nn",
     "project",
     "render",
     "rules",
