@@ -1,4 +1,5 @@
-"""Networks in and out: the paper authors' JAX checkpoints, modules of torch's own parts.
+"""Networks in and out: the paper authors' JAX checkpoints, modules of torch's own parts, the
+state_dicts of other packages, tiny-cuda-nn.
 
 A converter never guesses: what it does not know it refuses, naming the part. Layers keep their
 order, weights go to [out,in] as ``nn.Linear`` has them, and no value is changed.
@@ -14,8 +15,9 @@ import os
 import pickletools
 import re
 import zipfile
-from dataclasses import fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ _MODULES = {
     "silu": nn.SiLU,
     "none": nn.Identity,
 }
-_PLAIN_FIELDS = tuple(field.name for field in fields(MLP) if field.name != "encoding")
+_PLAIN_FIELDS = tuple(part.name for part in fields(MLP) if part.name != "encoding")
 
 # Limits on a foreign file: the paper's own are 0.8 MB and about 400 opcodes.
 _MAX_BYTES = 256 * 2**20
@@ -155,6 +157,341 @@ def load_learnit(path: str | os.PathLike) -> tuple[MLP, Tensor]:
     if not torch.isfinite(init).all():
         raise ValueError(f"load_learnit: {path}: the weights hold NaN or infinity")
     return net, init
+
+
+def from_state_dict(state: Mapping[str, Tensor], layout: str, **options: Any) -> tuple[MLP, Tensor]:
+    """Another package's weights as (net, params [P]): a state_dict in one of ``LAYOUTS``, copied.
+
+    * sitzmann: vsitzmann/siren, SingleBVPNet and FCBlock; sin(30 z), coords "corners"
+    * lucidrains: siren-pytorch, SirenNet and SirenWrapper; sin(30 z) in the first layer, sin(1 z)
+      in the others, coords "corners"
+    * gradncp, gradncp_penultimate: GradNCP, MetaSiren and MetaSirenPenultimate; sin(30 z), output
+      shifted by 0.5, coords "corners"
+    * nerf_meta: nerf-meta, SimpleNeRF; ReLU, output raw, coords "world"
+
+    Weights stacked over tasks, [T,out,in], give params [T,P]. Keys may stand behind any common
+    prefix, as inside a wrapper. A missing bias becomes zeros.
+
+    What a package keeps in its constructor is not in the file. The list has its defaults;
+    ``options`` (activation, w0, w0_first, output, output_shift, coords, encoding) name other
+    values: ``from_state_dict(state, "lucidrains", w0=30.0)``. An ``encoding`` is one in front of a
+    sitzmann network (mode "nerf"). That of nerf_meta is in the file: all sines, then all cosines
+    there, frequency by frequency here, as in ``nerf_mlp``; the first layer's columns move with it.
+
+    Raises:
+        ValueError, TypeError: an unknown layout or option, a key that is missing or belongs to
+            nothing, shapes or dtypes that do not fit; says which.
+
+    Source: github.com/vsitzmann/siren, lucidrains/siren-pytorch, jihoontack/GradNCP,
+    sanowar-raihan/nerf-meta.
+    """
+    op = "from_state_dict"
+    plan = _layout(op, layout)
+    accepted = _OPTIONS | ({"encoding"} if plan.frequencies is None else set())
+    if unknown := sorted(options.keys() - accepted):
+        raise TypeError(f"{op}: option {unknown[0]!r}; accepted are {', '.join(sorted(accepted))}")
+    try:
+        names, used = _layer_names(state, plan)
+        pairs, used = _named_pairs(state, names, used)
+        if extra := [
+            key for key in state if key not in used and key.split(".")[-1] not in plan.ignored
+        ]:
+            raise ValueError(f"{extra[0]!r} is no part of such a network")
+        values = {**plan.defaults, **options}
+        if "activation" in options and options["activation"] != "sine":
+            values = {k: v for k, v in values.items() if k in options or not k.startswith("w0")}
+        if plan.frequencies is not None:
+            key = names[0].removesuffix(plan.hidden[0].format(plan.start)) + plan.frequencies
+            theirs, own = _nerf_meta_encodings(state[key], pairs[0][0].shape[-1])
+            values["encoding"] = theirs
+        widths = [w.shape[-2] for w, _ in pairs[:-1]]
+        if len(set(widths)) > 1:
+            raise ValueError(f"hidden widths are {widths}; accepted is one width for all")
+        encoding = values.get("encoding")
+        D = pairs[0][0].shape[-1] if encoding is None else encoding.in_features
+        net = MLP(D, pairs[-1][0].shape[-2], widths[0], len(pairs), **values)
+        for name, (w, _), (i, o) in zip(names, pairs, net.sizes, strict=True):
+            if tuple(w.shape[-2:]) != (o, i):
+                raise ValueError(f"{name}.weight is {list(w.shape)}; accepted is [{o},{i}]")
+    except ValueError as error:
+        raise ValueError(f"{op}: layout {layout!r}: {error}") from None
+    flat = [part for w, b in pairs for part in (w.flatten(-2), b)]
+    params = torch.cat([part.detach() for part in flat], -1)
+    return (net, params) if plan.frequencies is None else reorder(net, params, own)
+
+
+def to_state_dict(net: MLP, params: Tensor, layout: str) -> dict[str, Tensor]:
+    """The state_dict that another package's network of the same values loads, copied.
+
+    ``from_state_dict`` gives net and params back, exactly, where its options name what the package
+    keeps elsewhere (and the features of an encoding stand as in ``nerf_mlp``).
+    ``peer_arguments(net, layout)`` has the arguments of the package's constructor.
+
+    Args:
+        net: the specification.
+        params: [P]; or [T,P], which gives weights stacked over tasks.
+        layout: one of ``LAYOUTS``.
+
+    Raises:
+        ValueError: params do not fit, or the package cannot represent the network; says which
+            parts and why.
+    """
+    op = "to_state_dict"
+    plan = _layout(op, layout)
+    rows = _rows(op, net, params)
+    if reasons := _objections(net, plan):
+        raise _refused(op, layout, reasons)
+    state = {}
+    if plan.frequencies is not None:
+        freqs, theirs = _ladder(op, net)
+        net, rows = reorder(net, rows, theirs)
+        state[plan.prefix + plan.frequencies] = freqs.to(rows.device)
+    for index, (w, b) in enumerate(net.layers(rows)):
+        last = plan.last[0] if index == net.depth - 1 else None
+        name = plan.prefix + (last or plan.hidden[0].format(plan.start + index * plan.step))
+        state[f"{name}.weight"], state[f"{name}.bias"] = w.clone(), b.clone()
+    return state
+
+
+def peer_arguments(net: MLP, layout: str) -> dict[str, Any]:
+    """The keyword arguments with which the package of a layout builds the network's twin.
+
+    ``twin = SirenNet(**peer_arguments(net, "lucidrains"))``, then ``load_state_dict``.
+
+    Raises:
+        ValueError: an unknown layout, or a network that the package cannot represent.
+    """
+    plan = _layout("peer_arguments", layout)
+    if reasons := _objections(net, plan):
+        raise _refused("peer_arguments", layout, reasons)
+    D, H, C, L = net.in_features, net.width, net.out_features, net.depth
+    if layout == "sitzmann":
+        return {
+            "in_features": D,
+            "out_features": C,
+            "hidden_features": H,
+            "num_hidden_layers": L - 2,
+            "type": net.activation,
+        }
+    if layout == "nerf_meta":
+        freqs, _ = _ladder("peer_arguments", net)
+        return {
+            "in_features": D,
+            "max_freq": math.log2(freqs[-1]),
+            "num_freqs": len(freqs),
+            "hidden_features": H,
+            "hidden_layers": L - 1,
+            "out_features": C,
+        }
+    values: dict[str, Any] = {"dim_in": D, "dim_hidden": H, "dim_out": C}
+    values |= {"num_layers": L, "w0": net.w0, "w0_initial": net.w0_first}
+    if layout == "lucidrains":
+        final = nn.Identity if net.output == "linear" else _MODULES[net.output]
+        values |= {"num_layers": L - 1, "final_activation": final()}
+    return values
+
+
+def reorder(net: MLP, params: Tensor, encoding: Encoding) -> tuple[MLP, Tensor]:
+    """(net, params) of the same function with the features of its encoding in another order.
+
+    ``y = mlp(net, params, x)`` does not change: columns of the first layer's weight move with the
+    features.
+
+    Args:
+        net: a network with an encoding.
+        params: [P] or [T,P].
+        encoding: the same pairs of a column of B and an entry of φ, in another order.
+
+    Raises:
+        ValueError: params do not fit, or the features are not the same.
+    """
+    rows = _rows("reorder", net, params)
+    own = net.encoding
+    if own is None:
+        raise ValueError("reorder: net has no encoding; accepted is one with the same features")
+    if own.include_input != encoding.include_input or own.B.shape != encoding.B.shape:
+        raise ValueError(
+            f"reorder: net has {own}; encoding is {encoding}; accepted are equal sizes"
+        )
+    places: dict[tuple, list[int]] = {}
+    for place, column in enumerate(_columns(own)):
+        places.setdefault(column, []).append(place)
+    order = []
+    for place, column in enumerate(_columns(encoding)):
+        if not places.get(column):
+            raise ValueError(
+                f"reorder: column {place} of encoding, sin(x·{list(column[:-1])} + {column[-1]}), "
+                "is no feature of net.encoding, or comes more often"
+            )
+        order.append(places[column].pop(0))
+    D = net.in_features if own.include_input else 0
+    columns = torch.tensor([*range(D), *(D + place for place in order)], device=rows.device)
+    E, H = net.encoded_features, net.width
+    first = rows[..., : E * H].unflatten(-1, (H, E))[..., columns].flatten(-2)  # [...,H·E]
+    return replace(net, encoding=encoding), torch.cat([first, rows[..., E * H :]], -1)
+
+
+class TinyCudaNN(NamedTuple):
+    """``tcnn.NetworkWithInputEncoding(D, C, encoding, network)``, whose ``params`` takes these."""
+
+    encoding: dict[str, Any]
+    network: dict[str, Any]
+    params: Tensor  # [...,n], padded as tiny-cuda-nn has them
+
+
+def from_tcnn(
+    n_input_dims: int,
+    n_output_dims: int,
+    encoding: Mapping[str, Any] | None,
+    network: Mapping[str, Any],
+    *,
+    coords: str = "unit",
+) -> MLP:
+    """The network that a tiny-cuda-nn configuration stands for; ``load_tcnn`` reads its weights.
+
+    ``h_l = φ(W_l h_{l-1})`` with ones in place of the inputs that pad E to a multiple of 16, which
+    is a bias of the first layer; no other layer has one there, while here each has.
+
+    Args:
+        n_input_dims, n_output_dims: D and C.
+        encoding: ``{"otype": "Identity"}``, ``{"otype": "Frequency", "n_frequencies": F}``
+            (sin, cos of 2^k π x, coordinate by coordinate), or None for ``tcnn.Network``.
+        network: otype FullyFusedMLP, CutlassMLP or MLP; activation None, ReLU, Sine (without w0),
+            Sigmoid, Tanh or SiLU; output_activation None, ReLU, Sigmoid or Tanh.
+        coords: the coordinate convention.
+
+    Raises:
+        ValueError: any other encoding, network, activation or key; says which and why.
+
+    Source: github.com/NVlabs/tiny-cuda-nn, DOCUMENTATION.md and the kernels.
+    """
+    taken = _Config(
+        "from_tcnn", "encoding", {"otype": "Identity"} if encoding is None else encoding
+    )
+    kind = taken.choice("otype", "OneBlob", ("Identity", "Frequency"))
+    taken.fixed("n_dims_to_encode", n_input_dims)
+    features = None
+    if kind == "identity":
+        for key, value in (("scale", 1.0), ("offset", 0.0)):
+            taken.fixed(key, value, "apply it to the coordinates")
+    else:
+        features = _tcnn_frequencies(n_input_dims, taken.number("n_frequencies", 12))
+    taken.done()
+
+    taken = _Config("from_tcnn", "network", network)
+    kind = taken.choice("otype", "MLP", ("FullyFusedMLP", "MegakernelMLP", "CutlassMLP", "MLP"))
+    activation = taken.choice("activation", "ReLU", _TCNN_ACTIVATIONS, _TCNN_WHY)
+    output = taken.choice("output_activation", "None", _TCNN_OUTPUTS, _TCNN_WHY)
+    width, hidden = taken.number("n_neurons", 128), taken.number("n_hidden_layers", 5)
+    taken.fixed("feedback_alignment", False)
+    taken.done()
+    fused = kind in ("fullyfusedmlp", "megakernelmlp")
+    if width not in (*_TCNN_WIDTHS, 256) if fused else width % 8:
+        accepted = "16, 32, 64, 128, 256" if fused else "multiples of 8"
+        raise ValueError(f"from_tcnn: network: n_neurons is {width}; accepted are {accepted}")
+    return MLP(
+        n_input_dims,
+        n_output_dims,
+        width,
+        hidden + 1,
+        activation,
+        encoding=features,
+        output="linear" if output == "none" else output,
+        coords=coords,
+    )
+
+
+def load_tcnn(net: MLP, params: Tensor) -> Tensor:
+    """[P] of the weights of a tiny-cuda-nn network, float32 as it is, float16 as float32.
+
+    The columns of the padding add up to the bias of the first layer; the other biases are 0; rows
+    that pad the outputs are left out. Exact where one column of the padding holds it all, as
+    ``to_tcnn`` writes it.
+
+    Args:
+        net: from ``from_tcnn``; or with the same features in another order.
+        params: [n] or [T,n], ``module.params`` of tiny-cuda-nn.
+
+    Raises:
+        ValueError: a length or dtype that does not fit, or a network that tiny-cuda-nn has not.
+    """
+    theirs = net
+    if net.encoding is not None:
+        theirs = replace(net, encoding=_tcnn_features("load_tcnn", net))
+    sizes = _tcnn_sizes(net)
+    n = sum(rows * columns for rows, columns in sizes)
+    if not isinstance(params, Tensor) or params.dtype not in (torch.float16, torch.float32):
+        came = params.dtype if isinstance(params, Tensor) else type(params).__name__
+        raise ValueError(f"load_tcnn: params is {came}; accepted is a float16 or float32 tensor")
+    if params.dim() not in (1, 2) or params.shape[-1] != n:
+        raise ValueError(
+            f"load_tcnn: params has shape {list(params.shape)}; accepted are [{n}] and [T,{n}]"
+        )
+    parts, at = [], 0
+    for index, ((rows, columns), (i, o)) in enumerate(zip(sizes, net.sizes, strict=True)):
+        matrix = params.detach()[..., at : at + rows * columns].unflatten(-1, (rows, columns))
+        at += rows * columns
+        matrix = matrix[..., :o, :].float()
+        bias = matrix[..., i:].sum(-1) if index == 0 else torch.zeros_like(matrix[..., 0])
+        parts += [matrix[..., :i].flatten(-2), bias]
+    row = torch.cat(parts, -1)
+    return row if net.encoding is None else reorder(theirs, row, net.encoding)[1]
+
+
+def to_tcnn(net: MLP, params: Tensor, *, dtype: torch.dtype = torch.float32) -> TinyCudaNN:
+    """The network as tiny-cuda-nn's configuration and padded weights.
+
+    Sine layers have no w0 there: weights come multiplied by it (one rounding, in float64 before
+    the dtype's), so that the way back gives w0 = 1. All else is exact in float32.
+
+    Args:
+        net: the specification; without an encoding, or with sin and cos of 2^k π x, in any order.
+        params: [P] or [T,P].
+        dtype: of the result, torch.float32 or torch.float16.
+
+    Raises:
+        ValueError: what tiny-cuda-nn cannot represent: a bias behind the first layer, a bias of the
+            first where E is a multiple of 16, other activations, outputs, widths or encodings, an
+            output shift, numbers beyond float16; names the parts.
+    """
+    op = "to_tcnn"
+    rows = _rows(op, net, params)
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"{op}: dtype is {dtype}; accepted are torch.float32 and torch.float16")
+    if reasons := _tcnn_objections(net, rows):
+        raise _refused(op, "tiny-cuda-nn", reasons)
+    config: dict[str, Any] = {"otype": "Identity"}
+    if net.encoding is not None:
+        features = _tcnn_features(op, net)
+        net, rows = reorder(net, rows, features)
+        config = {
+            "otype": "Frequency",
+            "n_frequencies": features.out_features // (2 * net.in_features),
+        }
+    pieces = []
+    frequencies = (*net.frequencies, 1.0)  # of the last layer, none
+    for index, ((weight, bias), (high, wide)) in enumerate(
+        zip(net.layers(rows.double()), _tcnn_sizes(net), strict=True)
+    ):
+        o, i = weight.shape[-2:]
+        matrix = weight.new_zeros(*weight.shape[:-2], high, wide)
+        matrix[..., :o, :i] = weight
+        if wide > i and index == 0:
+            matrix[..., :o, i] = bias
+        pieces.append((matrix * frequencies[index]).flatten(-2))
+    vector = torch.cat(pieces, -1).to(dtype)
+    if not torch.isfinite(vector).all():
+        raise _refused(
+            op, "tiny-cuda-nn", [f"weights that are NaN, or no finite number in {dtype}"]
+        )
+    network = {
+        "otype": "FullyFusedMLP" if net.width in _TCNN_WIDTHS else "CutlassMLP",
+        "activation": _TCNN_ACTIVATIONS[net.activation],
+        "output_activation": _TCNN_OUTPUTS[net.output],
+        "n_neurons": net.width,
+        "n_hidden_layers": net.depth - 1,
+    }
+    return TinyCudaNN(config, network, vector)
 
 
 # ---- modules
@@ -333,6 +670,298 @@ def _no_hooks(name: str, part: nn.Module) -> None:
         raise ValueError(
             f"from_module: {name} has forward hooks, which a specification cannot hold"
         )
+
+
+# ---- state_dicts of other packages
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a package keeps its layers, and what its network computes."""
+
+    hidden: tuple[str, ...]  # name of a layer by its number, as written, then as read besides
+    last: tuple[str | None, ...]  # name of the last layer, in step with hidden; None: by its number
+    defaults: dict[str, Any]  # fields of MLP
+    prefix: str = ""  # as written
+    start: int = 0
+    step: int = 1
+    frequencies: str | None = None  # the buffer with them
+    ignored: tuple[str, ...] = ()  # buffers that do not matter
+    activations: tuple[str, ...] = ("sine",)
+    outputs: tuple[str, ...] = ("linear",)
+    fixed: dict[str, Any] = field(default_factory=dict)  # fields the package has written out
+
+
+_SINE30 = {"activation": "sine", "w0": 30.0, "coords": "corners"}
+_GRADNCP: dict[str, Any] = {
+    "hidden": ("layers.{}.linear",),
+    "defaults": {**_SINE30, "output_shift": 0.5},
+    "ignored": ("grid",),
+    "fixed": {"output_shift": 0.5},
+}
+LAYOUTS = {
+    "sitzmann": _Layout(
+        ("net.{}.0",),
+        (None,),
+        _SINE30,
+        prefix="net.",
+        activations=("sine", "relu", "sigmoid", "tanh", "softplus"),
+        fixed={"w0": 30.0, "w0_first": 30.0, "output_shift": 0.0},
+    ),
+    "lucidrains": _Layout(
+        ("net.{}", "layers.{}"),
+        ("last_layer", "last_layer"),
+        {**_SINE30, "w0": 1.0, "w0_first": 30.0},
+        ignored=("grid",),
+        outputs=OUTPUTS,
+        fixed={"output_shift": 0.0},
+    ),
+    "gradncp": _Layout(last=(None,), **_GRADNCP),
+    "gradncp_penultimate": _Layout(last=("last_layer.linear",), **_GRADNCP),
+    "nerf_meta": _Layout(
+        ("net.{}",),
+        (None,),
+        {"activation": "relu", "coords": "world"},
+        start=1,
+        step=2,
+        frequencies="net.0.freqs",
+        activations=("relu",),
+        fixed={"output_shift": 0.0},
+    ),
+}
+_OPTIONS = {"activation", "w0", "w0_first", "output", "output_shift", "coords"}
+
+
+def _layout(op: str, name: str) -> _Layout:
+    if name not in LAYOUTS:
+        raise ValueError(f"{op}: layout is {name!r}; accepted are {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def _rows(op: str, net: MLP, params: Any) -> Tensor:
+    """params, detached, if they are [P] or [T,P] of floating point."""
+    if not isinstance(params, Tensor):
+        raise ValueError(f"{op}: params is {type(params).__name__}; accepted is a tensor")
+    P = net.num_params
+    if params.dim() not in (1, 2) or params.shape[-1] != P or not params.is_floating_point():
+        raise ValueError(
+            f"{op}: params is {params.dtype} {list(params.shape)}; "
+            f"accepted are [{P}] and [T,{P}] of floating point"
+        )
+    return params.detach()
+
+
+def _refused(op: str, layout: str, reasons: list[str]) -> ValueError:
+    return ValueError(f"{op}: {layout} cannot represent the network: {'; '.join(reasons)}")
+
+
+def _objections(net: MLP, plan: _Layout) -> list[str]:
+    """Why a package's network cannot compute this one."""
+    reasons = []
+    for name, accepted in (("activation", plan.activations), ("output", plan.outputs)):
+        if getattr(net, name) not in accepted:
+            reasons.append(f"{name} is {getattr(net, name)!r}, it has {', '.join(accepted)}")
+    for name, value in plan.fixed.items():
+        if name.startswith("w0") and net.activation != "sine":
+            continue
+        if getattr(net, name) != value:
+            reasons.append(f"{name} is {getattr(net, name)}, it has {value}")
+    if (net.encoding is None) != (plan.frequencies is None):
+        has = "none" if plan.frequencies is None else "one of frequencies"
+        reasons.append(f"encoding is {net.encoding}, it has {has}")
+    return reasons
+
+
+def _layer_names(state: Mapping[str, Any], plan: _Layout) -> tuple[list[str], set[str]]:
+    """(names of the layers in order, keys used besides theirs)."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state is {type(state).__name__}; accepted is a mapping to tensors")
+    looked_for = []
+    for hidden, last in zip(plan.hidden, plan.last, strict=True):
+        first = f"{hidden.format(plan.start)}.weight"
+        looked_for.append(first)
+        found = [key for key in state if f".{key}".endswith(f".{first}")]
+        if len(found) > 1:
+            raise ValueError(f"two networks, {found[0]!r} and {found[1]!r}; accepted is one")
+        if not found:
+            continue
+        prefix, names, at = found[0].removesuffix(first), [], plan.start
+        while f"{prefix}{hidden.format(at)}.weight" in state:
+            names.append(prefix + hidden.format(at))
+            at += plan.step
+        names += [] if last is None else [prefix + last]
+        used = set() if plan.frequencies is None else {prefix + plan.frequencies}
+        if missing := [key for key in used if key not in state]:
+            raise ValueError(f"{missing[0]!r} is missing")
+        if len(names) < 2:
+            raise ValueError(f"{len(names)} layers; accepted are two or more")
+        return names, used
+    raise ValueError(f"no {' or '.join(looked_for)}; it holds {str([*state][:6])[:200]}")
+
+
+def _named_pairs(
+    state: Mapping[str, Any], names: list[str], used: set[str]
+) -> tuple[list[tuple[Tensor, Tensor]], set[str]]:
+    """((weight [...,out,in], bias [...,out]) of each layer, all keys used)."""
+    pairs, kinds = [], set()
+    for name in names:
+        parts = {part: state.get(f"{name}.{part}") for part in ("weight", "bias")}
+        used = used | {f"{name}.{part}" for part, value in parts.items() if value is not None}
+        weight, bias = parts["weight"], parts["bias"]
+        if weight is None:
+            raise ValueError(f"{name}.weight is missing")
+        if not isinstance(weight, Tensor) or weight.dim() not in (2, 3) or 0 in weight.shape:
+            came = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"{name}.weight is {came}; accepted are [out,in] and [T,out,in]")
+        bias = weight.new_zeros(weight.shape[:-1]) if bias is None else bias
+        if not isinstance(bias, Tensor) or bias.shape != weight.shape[:-1]:
+            came = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+            raise ValueError(f"{name}.bias is {came}; accepted is {list(weight.shape[:-1])}")
+        pairs.append((weight, bias))
+        kinds |= {(part.dtype, part.device, part.shape[: weight.dim() - 2]) for part in pairs[-1]}
+    if len(kinds) > 1 or not pairs[0][0].is_floating_point():
+        came = ", ".join(sorted(f"{d} on {v}, tasks {list(t)}" for d, v, t in kinds))
+        raise ValueError(
+            f"weights are {came}; accepted is one floating-point dtype, one device and one T"
+        )
+    return pairs, used
+
+
+def _columns(encoding: Encoding) -> list[tuple]:
+    """(*column of B, φ) of each feature."""
+    return [tuple(c) for c in torch.cat([encoding.B, encoding.phi[None]]).T.tolist()]
+
+
+def _nerf_meta_encodings(freqs: Any, E: int) -> tuple[Encoding, Encoding]:
+    """(nerf-meta's order, all sines then all cosines; nerf_mlp's, per frequency) of f x."""
+    if not isinstance(freqs, Tensor) or freqs.dim() != 1 or len(freqs) == 0:
+        raise ValueError("the frequencies are no tensor [F]")
+    if not torch.equal(freqs.float().to(freqs), freqs):
+        raise ValueError("the frequencies are no float32 numbers, and an encoding holds such")
+    F = len(freqs)
+    if E % (2 * F):
+        raise ValueError(f"the first layer takes {E} features of {F} frequencies, no multiple")
+    D = E // (2 * F)
+    eye = torch.eye(D)
+    block = torch.cat([eye * f for f in freqs.detach().float().cpu()], 1)  # [D,F·D]
+    phase = torch.full((F * D,), math.pi / 2)
+    theirs = Encoding(torch.cat([block, block], 1), torch.cat([phase * 0, phase]))
+    order = torch.arange(2 * F * D).view(2, F, D).transpose(0, 1).flatten()
+    return theirs, Encoding(theirs.B[:, order], theirs.phi[order])
+
+
+def _ladder(op: str, net: MLP) -> tuple[Tensor, Encoding]:
+    """(frequencies f [F] of an encoding of sin and cos of f x_d, nerf-meta's order of it)."""
+    assert net.encoding is not None
+    row = net.encoding.B[0]
+    freqs = torch.tensor(list(dict.fromkeys(row[row > 0].tolist())))
+    if len(freqs) and net.encoded_features == 2 * len(freqs) * net.in_features:
+        theirs, _ = _nerf_meta_encodings(freqs, net.encoded_features)
+        if sorted(_columns(theirs)) == sorted(_columns(net.encoding)):
+            return freqs, theirs
+    raise _refused(op, "nerf_meta", [f"{net.encoding} is not sin and cos of f x alone"])
+
+
+# ---- tiny-cuda-nn
+
+_TCNN_ACTIVATIONS = {
+    "none": "None",
+    "relu": "ReLU",
+    "sine": "Sine",
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+    "silu": "SiLU",
+}
+_TCNN_OUTPUTS = {"linear": "None", "relu": "ReLU", "sigmoid": "Sigmoid", "tanh": "Tanh"}
+_TCNN_WIDTHS = (16, 32, 64, 128)
+_TCNN_WHY = {"softplus": "tiny-cuda-nn's is log(1 + exp(10 z)) / 10"}
+
+
+class _Config:
+    """A JSON object of tiny-cuda-nn; each key is taken once, and what is left is refused."""
+
+    def __init__(self, op: str, name: str, values: Mapping[str, Any]) -> None:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{op}: {name} is {type(values).__name__}; accepted is a mapping")
+        self.where, self.left = f"{op}: {name}", dict(values)
+
+    def choice(self, key: str, default: str, accepted: Any, why: Mapping[str, str] = {}) -> str:  # noqa: B006
+        """The value in lower case, where tiny-cuda-nn does not mind the case."""
+        value = str(self.left.pop(key, default))
+        names = [*accepted.values()] if isinstance(accepted, Mapping) else [*accepted]
+        if value.lower() not in [name.lower() for name in names]:
+            reason = f" ({why[value.lower()]})" if value.lower() in why else ""
+            raise ValueError(
+                f"{self.where}: {key} is {value!r}{reason}; accepted are {', '.join(names)}"
+            )
+        return value.lower()
+
+    def number(self, key: str, default: int) -> int:
+        value = self.left.pop(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{self.where}: {key} is {value!r}; accepted is an integer >= 1")
+        return value
+
+    def fixed(self, key: str, only: Any, hint: str = "") -> None:
+        if (value := self.left.pop(key, only)) != only:
+            raise ValueError(
+                f"{self.where}: {key} is {value!r}; accepted is {only!r}{hint and ', '}{hint}"
+            )
+
+    def done(self) -> None:
+        if self.left:
+            raise ValueError(f"{self.where}: {next(iter(self.left))!r} is unknown")
+
+
+def _tcnn_frequencies(D: int, F: int) -> Encoding:
+    """sin(2^k π x_d), cos(2^k π x_d): coordinate by coordinate, then frequency by frequency."""
+    ladder = math.pi * 2.0 ** torch.arange(F, dtype=torch.float64)
+    B = torch.block_diag(*[ladder.repeat_interleave(2)[None]] * D)  # [D,2·D·F]
+    return Encoding(B, torch.tensor([0.0, math.pi / 2]).repeat(D * F))
+
+
+def _tcnn_features(op: str, net: MLP) -> Encoding:
+    """tiny-cuda-nn's order of the features of net's encoding, which must be the same."""
+    assert net.encoding is not None
+    D = net.in_features
+    features = _tcnn_frequencies(D, max(1, net.encoded_features // (2 * D)))
+    same = sorted(_columns(features)) == sorted(_columns(net.encoding))
+    if net.encoding.include_input or not same:
+        raise _refused(
+            op, "tiny-cuda-nn", [f"{net.encoding} is not sin and cos of 2^k π x, k from 0, alone"]
+        )
+    return features
+
+
+def _tcnn_sizes(net: MLP) -> list[tuple[int, int]]:
+    """(rows, columns) of each matrix: inputs and outputs in multiples of 16."""
+    sizes = [(o, i) for i, o in net.sizes]
+    sizes[0] = (sizes[0][0], -(-sizes[0][1] // 16) * 16)
+    sizes[-1] = (-(-sizes[-1][0] // 16) * 16, sizes[-1][1])
+    return sizes
+
+
+def _tcnn_objections(net: MLP, rows: Tensor) -> list[str]:
+    reasons = []
+    for name, accepted in (("activation", _TCNN_ACTIVATIONS), ("output", _TCNN_OUTPUTS)):
+        value = getattr(net, name)
+        if value not in accepted:
+            why = f" ({_TCNN_WHY[value]})" if value in _TCNN_WHY else ""
+            reasons.append(f"{name} is {value!r}{why}, it has {', '.join(accepted)}")
+    if net.output_shift:
+        reasons.append(f"output_shift is {net.output_shift}, it has none")
+    if net.width % 8:
+        reasons.append(f"width is {net.width}, it has multiples of 8")
+    for index, (_, bias) in enumerate(net.layers(rows)):
+        if not bias.any():
+            continue
+        if index:
+            reasons.append(f"layer {index} has a bias, it has one in layer 0 only")
+        elif net.encoded_features % 16 == 0:
+            reasons.append(
+                f"layer 0 has a bias, and {net.encoded_features} features leave no padding for it"
+            )
+    return reasons
 
 
 # ---- the authors' checkpoints

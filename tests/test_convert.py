@@ -1,4 +1,5 @@
-"""Networks in and out: exact round trips, the authors' own files, and pickles that mean harm."""
+"""Networks in and out: exact round trips, the authors' own files, other packages' networks written
+out once more, and pickles that mean harm."""
 
 import base64
 import collections
@@ -20,7 +21,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastmeta.convert import from_module, load_learnit, to_module
+from fastmeta.convert import (
+    LAYOUTS,
+    from_module,
+    from_state_dict,
+    from_tcnn,
+    load_learnit,
+    load_tcnn,
+    peer_arguments,
+    reorder,
+    to_module,
+    to_state_dict,
+    to_tcnn,
+)
 from fastmeta.spec import ACTIVATIONS, MLP, OUTPUTS, Encoding, fourier_mlp, nerf_mlp, siren
 
 NETS = {
@@ -844,3 +857,550 @@ def test_a_pickle_cut_short(tmp_path):
     for size in range(len(SMALL)):
         (tmp_path / "a.pkl").write_bytes(SMALL[:size])
         refused(tmp_path / "a.pkl")
+
+
+# ---- state_dicts of other packages: each network written out from its package's text
+
+
+class Affine(nn.Module):
+    """xWᵀ + b under any package's two names."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(o, i) * math.sqrt(2 / i))
+        self.bias = nn.Parameter(torch.rand(o) - 0.5)
+
+    def forward(self, x):
+        return x @ self.weight.mT + self.bias
+
+
+class Wave(nn.Module):
+    def __init__(self, w0):
+        super().__init__()
+        self.w0 = w0
+
+    def forward(self, x):
+        return torch.sin(self.w0 * x)
+
+
+class Sitzmann(nn.Module):
+    """SingleBVPNet: net.net.0.0, net.net.1.0, ...; each but the last followed by its activation."""
+
+    def __init__(self, in_features, out_features, hidden_features, num_hidden_layers, type):
+        super().__init__()
+        sizes = [in_features, *[hidden_features] * (num_hidden_layers + 1), out_features]
+        phi = {"sine": Wave(30), "relu": nn.ReLU(), "tanh": nn.Tanh(), "softplus": nn.Softplus()}
+        blocks = [[Affine(i, o), phi[type]] for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+        blocks[-1].pop()
+        self.net = nn.Module()
+        self.net.net = nn.Sequential(*[nn.Sequential(*block) for block in blocks])
+
+    def forward(self, x):
+        return self.net.net(x)
+
+
+class Lucidrains(nn.Module):
+    """SirenNet: net.0, net.1, ... and last_layer, each with an activation inside it."""
+
+    def __init__(self, dim_in, dim_hidden, dim_out, num_layers, w0, w0_initial, final_activation):
+        super().__init__()
+        sizes = [dim_in, *[dim_hidden] * num_layers]
+        self.net = nn.ModuleList(Affine(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        self.last_layer = Affine(dim_hidden, dim_out)
+        self.w0, self.first, self.final = w0, w0_initial, final_activation
+
+    def forward(self, x):
+        for index, layer in enumerate(self.net):
+            x = torch.sin((self.w0 if index else self.first) * layer(x))
+        return self.final(self.last_layer(x))
+
+
+class GradNCP(nn.Module):
+    """MetaSiren: layers.0.linear, ...; MetaSirenPenultimate: the last one is last_layer.linear."""
+
+    def __init__(self, dim_in, dim_hidden, dim_out, num_layers, w0, w0_initial, penultimate=False):
+        super().__init__()
+        sizes = [dim_in, *[dim_hidden] * (num_layers - 1), dim_out]
+        self.layers = nn.ModuleList()
+        for i, o in zip(sizes[:-1], sizes[1:], strict=True):
+            self.layers.append(nn.Module())
+            self.layers[-1].linear = Affine(i, o)
+        if penultimate:
+            self.last_layer = self.layers[-1]
+            del self.layers[-1]
+        self.w0, self.first, self.penultimate = w0, w0_initial, penultimate
+
+    def forward(self, x):
+        parts = [layer.linear for layer in self.layers]
+        parts += [self.last_layer.linear] if self.penultimate else []
+        for index, part in enumerate(parts[:-1]):
+            x = torch.sin((self.w0 if index else self.first) * part(x))
+        return parts[-1](x) + 0.5
+
+
+class NerfMeta(nn.Module):
+    """SimpleNeRF without its last sigmoid and ReLU: net.0.freqs, net.1, net.3, ..."""
+
+    def __init__(
+        self, in_features, max_freq, num_freqs, hidden_features, hidden_layers, out_features
+    ):
+        super().__init__()
+        self.net = nn.ModuleList([nn.Module()])
+        self.net[0].register_buffer("freqs", 2.0 ** torch.linspace(0, max_freq, num_freqs))
+        sizes = [2 * num_freqs * in_features, *[hidden_features] * hidden_layers, out_features]
+        for i, o in zip(sizes[:-1], sizes[1:], strict=True):
+            self.net.extend([Affine(i, o), nn.ReLU()])
+        del self.net[-1]
+
+    def forward(self, x):
+        arguments = torch.cat([x * f for f in self.net[0].freqs.to(x)], -1)
+        x = torch.cat([arguments.sin(), arguments.cos()], -1)
+        for part in list(self.net)[1:]:
+            x = part(x)
+        return x
+
+
+PEERS = {
+    "sitzmann": (Sitzmann, siren(2, 3, 11, 4, 30.0)),
+    "sitzmann_relu": (Sitzmann, MLP(3, 1, 11, 3, "relu")),
+    "sitzmann_tanh": (Sitzmann, MLP(1, 1, 11, 2, "tanh")),
+    "lucidrains": (Lucidrains, siren(2, 3, 11, 4, 1.0, 30.0)),
+    "lucidrains_sigmoid": (Lucidrains, MLP(2, 3, 11, 3, "sine", 20.0, 40.0, output="sigmoid")),
+    "gradncp": (GradNCP, siren(2, 3, 11, 4, 30.0, output_shift=0.5)),
+    "gradncp_penultimate": (GradNCP, siren(3, 2, 11, 3, 50.0, 25.0, output_shift=0.5)),
+    "nerf_meta": (NerfMeta, nerf_mlp(11, 5, frequencies=5, max_exponent=4.0)),
+}
+every_peer = pytest.mark.parametrize("name", PEERS)
+
+
+def peer(name: str):
+    """(layout, the package's network written out, our network)."""
+    kind, net = PEERS[name]
+    layout = name if name in LAYOUTS else name.rsplit("_", 1)[0]
+    extra = {"penultimate": True} if layout == "gradncp_penultimate" else {}
+    return layout, kind(**peer_arguments(net, layout), **extra).double(), net
+
+
+def options(net: MLP) -> dict:
+    """What a package's file does not say."""
+    names = ("activation", "w0", "w0_first", "output", "output_shift", "coords")
+    if net.activation != "sine":
+        names = ("activation", "output", "output_shift", "coords")
+    return {name: getattr(net, name) for name in names}
+
+
+def near(net: MLP) -> float:
+    """Relative error in float64: rounding; behind an encoding, that of π/2 to float32, 4.4e-8."""
+    return 1e-12 if net.encoding is None else 2e-6
+
+
+@every_peer
+def test_their_network_loads_ours_and_computes_the_same(name):
+    layout, module, net = peer(name)
+    params = weights(net, dtype=torch.float64)
+    leaf = params.clone().requires_grad_()
+    state = to_state_dict(net, leaf, layout)
+    assert not any(part.requires_grad for part in state.values())
+    module.load_state_dict(state)  # strict: every name and shape
+    x = torch.rand(13, net.in_features, dtype=torch.float64)
+    expected = plain(net, params, x)
+    assert (module(x) - expected).abs().max() <= near(net) * expected.abs().max()
+    for part in state.values():
+        part.zero_()  # copies
+    assert torch.equal(leaf, params)
+    back, again = from_state_dict(to_state_dict(net, params, layout), layout, **options(net))
+    assert back == net and torch.equal(again, params)
+
+
+@every_peer
+def test_our_network_loads_theirs_and_computes_the_same(name):
+    layout, module, net = peer(name)
+    got, params = from_state_dict(module.state_dict(), layout, **options(net))
+    x = torch.rand(13, net.in_features, dtype=torch.float64)
+    expected = module(x)
+    assert expected.std(0).min() > 1e-3  # no dead network
+    assert (plain(got, params, x) - expected).abs().max() <= near(net) * expected.abs().max()
+    assert got.sizes == net.sizes and got.coords == net.coords
+    state = to_state_dict(got, params, layout)
+    theirs = module.state_dict()
+    assert state.keys() == theirs.keys()
+    assert all(torch.equal(state[key].to(theirs[key]), theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", ["sitzmann", "gradncp", "nerf_meta"])
+def test_stacked_weights_wrappers_and_buffers(name):
+    layout, module, net = peer(name)
+    rows = torch.stack([weights(net, seed) for seed in range(3)])
+    state = to_state_dict(net, rows, layout)
+    one = to_state_dict(net, rows[1], layout)
+    assert all(torch.equal(state[k][1], one[k]) for k in one if not k.endswith("freqs"))
+    wrapped = {f"module.decoder.{key}": value for key, value in state.items()}
+    if layout == "gradncp":
+        wrapped["module.grid"] = torch.zeros(5, 2)
+    back, again = from_state_dict(wrapped, layout, **options(net))
+    assert back == net and torch.equal(again, rows)
+
+
+def test_defaults_are_the_packages():
+    for name, expected in [
+        ("sitzmann", siren(2, 3, 11, 4, 30.0)),
+        ("lucidrains", siren(2, 3, 11, 4, 1.0, 30.0)),
+        ("gradncp", siren(2, 3, 11, 4, 30.0, output_shift=0.5)),
+        ("nerf_meta", PEERS["nerf_meta"][1]),
+    ]:
+        layout, module, _ = peer(name)
+        got, _ = from_state_dict(module.state_dict(), layout)
+        own = {**options(expected), "coords": "world" if name == "nerf_meta" else "corners"}
+        assert options(got) == own
+    no_bias = {k: v for k, v in peer("lucidrains")[1].state_dict().items() if "bias" not in k}
+    renamed = {key.replace("net.", "layers."): value for key, value in no_bias.items()}
+    net, params = from_state_dict(renamed, "lucidrains")  # as newer versions name them
+    assert all(
+        not b.any() and torch.equal(w, renamed[key])
+        for (w, b), key in zip(net.layers(params), renamed, strict=True)
+    )
+
+
+def test_the_papers_view_network_comes_back_from_nerf_meta_as_it_is():
+    net = nerf_mlp()
+    params = weights(net)
+    state = to_state_dict(net, params, "nerf_meta")
+    assert list(state)[:3] == ["net.0.freqs", "net.1.weight", "net.1.bias"]
+    # the sine of the second frequency: column 3 there, column 6 here
+    assert torch.equal(state["net.1.weight"][:, 3], net.layers(params)[0][0][:, 6])
+    back, again = from_state_dict(state, "nerf_meta")
+    assert back == net and torch.equal(again, params)
+
+
+def test_a_sitzmann_network_behind_its_nerf_encoding():
+    """mode="nerf": x, then per frequency 2^i π and coordinate sin and cos."""
+    f = [math.pi * 2.0**i for i in range(2) for _ in range(2)]
+    columns = torch.zeros(2, 8)
+    for place, (value, d) in enumerate(zip(f, [0, 1] * 2, strict=True)):
+        columns[d, 2 * place : 2 * place + 2] = value
+    encoding = Encoding(columns, torch.tensor([0.0, math.pi / 2] * 4), include_input=True)
+    module = Sitzmann(10, 1, 7, 1, "relu").double()
+    net, params = from_state_dict(
+        module.state_dict(), "sitzmann", activation="relu", encoding=encoding
+    )
+    x = torch.rand(9, 2, dtype=torch.float64)
+    parts = [x]
+    for i in range(2):
+        for d in range(2):
+            z = x[:, d : d + 1] * math.pi * 2.0**i
+            parts += [z.sin(), z.cos()]
+    # float32 frequencies: 2π in error by 2e-7
+    assert (plain(net, params, x) - module(torch.cat(parts, 1))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("gradncp", lambda s: s.pop("layers.0.linear.weight"), "no layers.0.linear.weight; it hol"),
+        ("gradncp", lambda s: s.pop("layers.1.linear.weight"), "1 layers"),
+        ("gradncp", lambda s: s.update(rbf=torch.zeros(1)), "'rbf' is no part of such a network"),
+        ("gradncp_penultimate", lambda s: s.pop("last_layer.linear.weight"), "weight is missing"),
+        ("nerf_meta", lambda s: s.pop("net.0.freqs"), "'net.0.freqs' is missing"),
+        ("nerf_meta", lambda s: s.update({"net.0.freqs": torch.ones(4)}), "no multiple"),
+        ("nerf_meta", lambda s: s.update({"net.0.freqs": torch.ones(5).double() / 3}), "float32"),
+        ("sitzmann", lambda s: s.update({"net.net.1.0.weight": torch.zeros(9, 11)}), "bias is"),
+        ("sitzmann", lambda s: s.update({"net.net.1.0.weight": torch.zeros(11)}), r"is \[11\]"),
+        ("sitzmann", lambda s: s.update({"net.net.1.0.bias": torch.zeros(11)}), "one floating-p"),
+        ("sitzmann", lambda s: s.update({"net.net.1.0.bias": 3}), "bias is int"),
+        ("sitzmann", lambda s: s.update({"b.net.0.0.weight": torch.zeros(1)}), "two networks"),
+        ("lucidrains", lambda s: s.update({"to_latent.0.bias": torch.ones(1)}), "no part of such"),
+    ],
+)
+def test_other_state_is_refused(name, change, said):
+    layout, module, net = peer(name)
+    state = dict(module.state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=f"^from_state_dict: layout '{layout}': .*{said}"):
+        from_state_dict(state, layout, **options(net))
+
+
+def test_other_layers_options_and_layouts_are_refused():
+    state = dict(Sitzmann(2, 3, 11, 2, "sine").state_dict())
+    wide = {**state, "net.net.1.0.weight": torch.zeros(9, 11), "net.net.1.0.bias": torch.zeros(9)}
+    with pytest.raises(ValueError, match=r"hidden widths are \[11, 9, 11\]"):
+        from_state_dict(wide, "sitzmann")
+    odd = {**state, "net.net.1.0.weight": torch.zeros(11, 9)}
+    with pytest.raises(ValueError, match=r"net.net.1.0.weight is \[11, 9\]; accepted is \[11,11\]"):
+        from_state_dict(odd, "sitzmann")
+    with pytest.raises(ValueError, match="layout is 'siren'; accepted are sitzmann, lucidrains"):
+        from_state_dict(state, "siren")
+    with pytest.raises(TypeError, match="option 'width'; accepted are activation"):
+        from_state_dict(state, "sitzmann", width=3)
+    with pytest.raises(ValueError, match="state is list"):
+        from_state_dict([], "sitzmann")
+
+
+@pytest.mark.parametrize(
+    ("net", "layout", "said"),
+    [
+        (siren(2, 3, 8, 3, 60.0), "sitzmann", "w0 is 60.0, it has 30.0; w0_first is 60.0"),
+        (siren(2, 3, 8, 3, 30.0, output_shift=0.5), "sitzmann", "output_shift is 0.5, it has 0.0"),
+        (MLP(2, 3, 8, 3, "gelu"), "sitzmann", "activation is 'gelu', it has sine, relu"),
+        (MLP(2, 3, 8, 3, "relu", output="tanh"), "sitzmann", "output is 'tanh', it has linear"),
+        (fourier_mlp(2, 1, 8, 3, features=4), "sitzmann", "encoding is .* it has none"),
+        (MLP(2, 3, 8, 3), "lucidrains", "activation is 'relu', it has sine"),
+        (siren(2, 3, 8, 3), "gradncp", "output_shift is 0.0, it has 0.5"),
+        (MLP(3, 4, 8, 3), "nerf_meta", "encoding is None, it has one of frequencies"),
+        (
+            fourier_mlp(3, 4, 8, 3, features=4),
+            "nerf_meta",
+            "output|is not sin and cos of f x alone",
+        ),
+        (
+            MLP(3, 4, 8, 3, encoding=Encoding.frequencies(3, 2, 1.0, include_input=True)),
+            "nerf_meta",
+            "is not sin and cos of f x alone",
+        ),
+        (
+            MLP(3, 4, 8, 3, encoding=Encoding.gaussian(3, 6, 1.0)),
+            "nerf_meta",
+            "is not sin and cos of f x alone",
+        ),
+    ],
+)
+def test_what_a_package_cannot_represent_is_refused(net, layout, said):
+    with pytest.raises(ValueError, match=f"to_state_dict: {layout} cannot .*{said}"):
+        to_state_dict(net, net.init()[0], layout)
+    with pytest.raises(ValueError, match=f"peer_arguments: {layout} cannot .*{said}"):
+        peer_arguments(net, layout)
+
+
+@pytest.mark.parametrize("params", [torch.zeros(3), torch.zeros(0, 3, 4), [1.0], None])
+def test_rows_that_do_not_fit(params):
+    net = siren(2, 3, 8, 3)
+    for call in (
+        lambda: to_state_dict(net, params, "sitzmann"),
+        lambda: to_tcnn(net, params),
+        lambda: reorder(net, params, nerf_mlp().encoding),
+    ):
+        with pytest.raises(ValueError, match="params is"):
+            call()
+
+
+def test_reorder_moves_columns_and_refuses_other_features():
+    own = Encoding.frequencies(2, 3, 2.0, include_input=True)
+    order = torch.randperm(12)
+    other = Encoding(own.B[:, order], own.phi[order], include_input=True)
+    net = MLP(2, 3, 6, 3, "tanh", encoding=own)
+    rows = torch.stack([weights(net, seed, torch.float64) for seed in range(2)])
+    moved, params = reorder(net, rows, other)
+    x = torch.rand(9, 2, dtype=torch.float64)
+    for a, b in zip(rows, params, strict=True):
+        assert not torch.equal(a, b)
+        assert (plain(moved, b, x) - plain(net, a, x)).abs().max() < 1e-14
+    back, again = reorder(moved, params, own)
+    assert back == net and torch.equal(again, rows)
+    for wrong, said in [
+        (Encoding(own.B, own.phi), "accepted are equal sizes"),
+        (Encoding(own.B * 2, own.phi, True), "is no feature of net.encoding"),
+        (Encoding(own.B[:, [0] * 12], own.phi[[0] * 12], True), "comes more often"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            reorder(net, rows, wrong)
+    with pytest.raises(ValueError, match="net has no encoding"):
+        reorder(siren(2, 3, 8, 3), weights(siren(2, 3, 8, 3)), own)
+
+
+# ---- tiny-cuda-nn
+
+
+def tcnn(D, C, encoding, network, vector, x):
+    """What its kernels compute, element by element: the padding holds ones, no layer a bias."""
+    features = []
+    if encoding["otype"] == "Frequency":
+        for d in range(D):
+            for k in range(encoding["n_frequencies"]):
+                for quarter in range(2):
+                    z = x[:, d] * 2.0**k * math.pi + quarter * math.pi / 2
+                    features.append(z.sin())
+    else:
+        features = [x[:, d] for d in range(D)]
+    features += [torch.ones_like(x[:, 0])] * (-len(features) % 16)
+    h = torch.stack(features, 1)
+    phi = {
+        "None": lambda z: z,
+        "ReLU": lambda z: z.clamp(min=0),
+        "Sine": torch.sin,
+        "Sigmoid": lambda z: 1 / (1 + (-z).exp()),
+        "Tanh": torch.tanh,
+        "SiLU": lambda z: z / (1 + (-z).exp()),
+    }
+    H, at = network["n_neurons"], 0
+    for layer in range(network["n_hidden_layers"] + 1):
+        last = layer == network["n_hidden_layers"]
+        rows = C + -C % 16 if last else H
+        w = vector[at : at + rows * h.shape[1]].view(rows, h.shape[1]).to(x)
+        at += w.numel()
+        h = phi[network["output_activation" if last else "activation"]](h @ w.T)
+    assert at == vector.numel()
+    return h[:, :C]
+
+
+def only_first_bias(net: MLP, params: torch.Tensor, first: bool = True) -> torch.Tensor:
+    params = params.clone()
+    for index, (_, bias) in enumerate(net.layers(params)):
+        if index or not first:
+            bias.zero_()
+    return params
+
+
+def ladder(D: int, F: int) -> Encoding:
+    return Encoding.frequencies(D, F, F - 1.0, pi=True)
+
+
+TCNN = {
+    "relu": MLP(2, 3, 64, 3),
+    "narrow": MLP(3, 17, 24, 2, "tanh", output="sigmoid"),
+    "sine": siren(2, 3, 32, 4, 30.0, 20.0),
+    "silu": MLP(16, 1, 16, 3, "silu"),
+    "frequencies": MLP(3, 4, 32, 3, encoding=ladder(3, 4), output="tanh"),
+    "one": MLP(2, 5, 16, 3, encoding=ladder(2, 1), output="relu"),
+    "filled": MLP(2, 3, 16, 3, "sigmoid", encoding=ladder(2, 4)),  # 16 features: no padding
+}
+every_tcnn = pytest.mark.parametrize("net", TCNN.values(), ids=TCNN)
+
+
+@every_tcnn
+def test_tcnn_computes_what_we_export(net):
+    params = only_first_bias(net, weights(net), net.encoded_features % 16 != 0)
+    made = to_tcnn(net, params)
+    x = torch.rand(13, net.in_features, dtype=torch.float64)
+    got = tcnn(net.in_features, net.out_features, *made, x)
+    expected = plain(net, params.double(), x)
+    assert expected.std(0).max() > 1e-3  # no dead network
+    # the rounding of w0 W to float32, and of float32 frequencies against exact ones
+    assert (got - expected).abs().max() <= 2e-5 * max(1.0, expected.abs().max().item())
+
+
+@every_tcnn
+def test_tcnn_comes_back(net):
+    """Exactly, with the features in tiny-cuda-nn's order, and w0 in the weights."""
+    rows = torch.stack(
+        [
+            only_first_bias(net, weights(net, seed), net.encoded_features % 16 != 0)
+            for seed in range(2)
+        ]
+    )
+    made = to_tcnn(net, rows)
+    assert torch.equal(to_tcnn(net, rows[1]).params, made.params[1])
+    again = from_tcnn(
+        net.in_features, net.out_features, made.encoding, made.network, coords=net.coords
+    )
+    params = load_tcnn(again, made.params)
+    if net.activation == "sine":
+        for index, (got, own) in enumerate(
+            zip(again.layers(params), net.layers(rows), strict=True)
+        ):
+            w0 = (*net.frequencies, 1.0)[index]
+            assert all(torch.equal(a, b * w0) for a, b in zip(got, own, strict=True))
+        assert options(again) == {**options(net), "w0": 1.0, "w0_first": 1.0}
+        return
+    if net.encoding is not None:
+        back, params = reorder(again, params, net.encoding)
+        assert torch.equal(load_tcnn(net, made.params), params)  # or at once
+        again = back
+    assert again == net and torch.equal(params, rows)
+
+
+def test_tcnn_weights_of_its_own_in_half_precision():
+    """Every entry of the padding is used there; its columns add up, its rows are no output."""
+    encoding = {"otype": "Frequency", "n_frequencies": 3}
+    network = {"otype": "FullyFusedMLP", "activation": "ReLU", "output_activation": "Sigmoid"}
+    network |= {"n_neurons": 16, "n_hidden_layers": 2}
+    net = from_tcnn(3, 2, encoding, network, coords="world")
+    vector = (torch.rand(16 * 32 + 16 * 16 + 16 * 16) - 0.5).half()
+    params = load_tcnn(net, vector)
+    assert params.dtype == torch.float32 and net.coords == "world"
+    x = torch.rand(13, 3, dtype=torch.float64)
+    expected = tcnn(3, 2, encoding, network, vector.double(), x)
+    # 14 padding columns are added in float32: 14 roundings of numbers below 4
+    assert (plain(net, params.double(), x) - expected).abs().max() < 1e-5
+    half = to_tcnn(net, only_first_bias(net, params).half().float(), dtype=torch.float16)
+    assert half.params.dtype == torch.float16
+    assert torch.equal(load_tcnn(net, half.params), params.half().float())
+
+
+def test_tcnn_defaults_and_names_in_any_case():
+    net = from_tcnn(2, 3, None, {})
+    assert net == MLP(2, 3, 128, 6, "relu")
+    net = from_tcnn(2, 3, {"otype": "frequency"}, {"otype": "cutlassmlp", "activation": "SINE"})
+    assert net.encoding.out_features == 2 * 2 * 12 and net.activation == "sine" and net.w0 == 1.0
+
+
+@pytest.mark.parametrize(
+    ("encoding", "network", "said"),
+    [
+        ({}, {}, "encoding: otype is 'OneBlob'; accepted are Identity, Frequency"),
+        ({"otype": "HashGrid"}, {}, "encoding: otype is 'HashGrid'"),
+        ({"otype": "Identity", "scale": 2.0}, {}, "scale is 2.0; accepted is 1.0, apply it"),
+        ({"otype": "Identity", "offset": 0.5}, {}, "offset is 0.5"),
+        ({"otype": "Identity", "n_dims_to_encode": 1}, {}, "n_dims_to_encode is 1"),
+        ({"otype": "Frequency", "n_frequencies": 0}, {}, "n_frequencies is 0"),
+        ({"otype": "Frequency", "degree": 3}, {}, "encoding: 'degree' is unknown"),
+        (None, {"otype": "CutlassResNet"}, "network: otype is 'CutlassResNet'"),
+        (None, {"activation": "Softplus"}, r"'Softplus' \(tiny-cuda-nn's is log\(1 \+ exp\(10 z"),
+        (None, {"activation": "Exponential"}, "activation is 'Exponential'; accepted are None"),
+        (None, {"output_activation": "Sine"}, "output_activation is 'Sine'; accepted are None"),
+        (None, {"n_neurons": 48, "otype": "FullyFusedMLP"}, "n_neurons is 48; accepted are 16, 32"),
+        (None, {"n_neurons": 20}, "n_neurons is 20; accepted are multiples of 8"),
+        (None, {"n_hidden_layers": 0}, "n_hidden_layers is 0; accepted is an integer >= 1"),
+        (None, {"feedback_alignment": True}, "feedback_alignment is True"),
+        (None, {"skip": 1}, "network: 'skip' is unknown"),
+        ("Identity", {}, "encoding is str"),
+    ],
+)
+def test_tcnn_configurations_that_are_refused(encoding, network, said):
+    with pytest.raises(ValueError, match=f"from_tcnn: .*{said}"):
+        from_tcnn(2, 3, encoding, network)
+
+
+def biased(net: MLP, layer: int) -> torch.Tensor:
+    params = only_first_bias(net, net.init()[0], first=False)
+    net.layers(params)[layer][1][-1] = 0.25
+    return params
+
+
+@pytest.mark.parametrize(
+    ("net", "layer", "said"),
+    [
+        (MLP(2, 3, 16, 3), 1, "layer 1 has a bias, it has one in layer 0 only"),
+        (MLP(2, 3, 16, 3), 2, "layer 2 has a bias"),
+        (TCNN["filled"], 0, "layer 0 has a bias, and 16 features leave no padding for it"),
+        (MLP(2, 3, 20, 3), 0, "width is 20, it has multiples of 8"),
+        (MLP(2, 3, 16, 3, "softplus"), 0, r"activation is 'softplus' \(tiny-cuda-nn's is log"),
+        (MLP(2, 3, 16, 3, "gelu"), 0, "activation is 'gelu', it has none, relu, sine"),
+        (MLP(2, 3, 16, 3, output="softplus"), 0, "output is 'softplus'"),
+        (MLP(2, 3, 16, 3, output_shift=0.5), 0, "output_shift is 0.5, it has none"),
+        (nerf_mlp(16, 3), 0, "is not sin and cos of 2\\^k π x"),
+        (
+            MLP(2, 3, 16, 3, encoding=Encoding.frequencies(2, 2, 1.0, pi=True, include_input=True)),
+            0,
+            "is not sin and cos of",
+        ),
+        (siren(2, 3, 16, 3, 1e39), 0, "no finite number in torch.float32"),
+    ],
+)
+def test_what_tcnn_cannot_represent_is_refused(net, layer, said):
+    with pytest.raises(ValueError, match=f"to_tcnn: tiny-cuda-nn cannot .*{said}"):
+        to_tcnn(net, biased(net, layer))
+
+
+def test_tcnn_precisions_and_lengths_that_are_refused():
+    net = MLP(2, 3, 16, 3)
+    params = biased(net, 0) * 1e6
+    with pytest.raises(ValueError, match="no finite number in torch.float16"):
+        to_tcnn(net, params, dtype=torch.float16)
+    assert torch.isfinite(to_tcnn(net, params).params).all()
+    with pytest.raises(ValueError, match="dtype is torch.bfloat16"):
+        to_tcnn(net, params, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"shape \[7\]; accepted are \[768\] and \[T,768\]"):
+        load_tcnn(net, torch.zeros(7))
+    with pytest.raises(ValueError, match="params is torch.float64; accepted is a float16"):
+        load_tcnn(net, torch.zeros(768).double())
+    with pytest.raises(ValueError, match="is not sin and cos of"):
+        load_tcnn(nerf_mlp(16, 3), torch.zeros(768))
