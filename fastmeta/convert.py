@@ -164,7 +164,8 @@ def from_state_dict(state: Mapping[str, Tensor], layout: str, **options: Any) ->
 
     * sitzmann: vsitzmann/siren, SingleBVPNet and FCBlock; sin(30 z), coords "corners"
     * lucidrains: siren-pytorch, SirenNet and SirenWrapper; sin(30 z) in the first layer, sin(1 z)
-      in the others, coords "corners"
+      in the others, coords "corners"; early versions put a sine behind the last layer too unless
+      they were given a final activation, which is not converted
     * gradncp, gradncp_penultimate: GradNCP, MetaSiren and MetaSirenPenultimate; sin(30 z), output
       shifted by 0.5, coords "corners"
     * nerf_meta: nerf-meta, SimpleNeRF; ReLU, output raw, coords "world"
@@ -380,8 +381,8 @@ def from_tcnn(
 
     taken = _Config("from_tcnn", "network", network)
     kind = taken.choice("otype", "MLP", ("FullyFusedMLP", "MegakernelMLP", "CutlassMLP", "MLP"))
-    activation = taken.choice("activation", "ReLU", _TCNN_ACTIVATIONS, _TCNN_WHY)
-    output = taken.choice("output_activation", "None", _TCNN_OUTPUTS, _TCNN_WHY)
+    activation = taken.choice("activation", "ReLU", _TCNN_ACTIVATIONS)
+    output = taken.choice("output_activation", "None", _TCNN_OUTPUTS)
     width, hidden = taken.number("n_neurons", 128), taken.number("n_hidden_layers", 5)
     taken.fixed("feedback_alignment", False)
     taken.done()
@@ -709,7 +710,7 @@ LAYOUTS = {
         fixed={"w0": 30.0, "w0_first": 30.0, "output_shift": 0.0},
     ),
     "lucidrains": _Layout(
-        ("net.{}", "layers.{}"),
+        ("layers.{}", "net.{}"),  # the second in early versions
         ("last_layer", "last_layer"),
         {**_SINE30, "w0": 1.0, "w0_first": 30.0},
         ignored=("grid",),
@@ -874,7 +875,7 @@ _TCNN_ACTIVATIONS = {
 }
 _TCNN_OUTPUTS = {"linear": "None", "relu": "ReLU", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 _TCNN_WIDTHS = (16, 32, 64, 128)
-_TCNN_WHY = {"softplus": "tiny-cuda-nn's is log(1 + exp(10 z)) / 10"}
+_TCNN_WHY = {"softplus": " (tiny-cuda-nn's is log(1 + exp(10 z)) / 10)"}
 
 
 class _Config:
@@ -885,14 +886,14 @@ class _Config:
             raise ValueError(f"{op}: {name} is {type(values).__name__}; accepted is a mapping")
         self.where, self.left = f"{op}: {name}", dict(values)
 
-    def choice(self, key: str, default: str, accepted: Any, why: Mapping[str, str] = {}) -> str:  # noqa: B006
+    def choice(self, key: str, default: str, accepted: Any) -> str:
         """The value in lower case, where tiny-cuda-nn does not mind the case."""
         value = str(self.left.pop(key, default))
         names = [*accepted.values()] if isinstance(accepted, Mapping) else [*accepted]
         if value.lower() not in [name.lower() for name in names]:
-            reason = f" ({why[value.lower()]})" if value.lower() in why else ""
+            why = _TCNN_WHY.get(value.lower(), "")
             raise ValueError(
-                f"{self.where}: {key} is {value!r}{reason}; accepted are {', '.join(names)}"
+                f"{self.where}: {key} is {value!r}{why}; accepted are {', '.join(names)}"
             )
         return value.lower()
 
@@ -946,7 +947,7 @@ def _tcnn_objections(net: MLP, rows: Tensor) -> list[str]:
     for name, accepted in (("activation", _TCNN_ACTIVATIONS), ("output", _TCNN_OUTPUTS)):
         value = getattr(net, name)
         if value not in accepted:
-            why = f" ({_TCNN_WHY[value]})" if value in _TCNN_WHY else ""
+            why = _TCNN_WHY.get(value, "")
             reasons.append(f"{name} is {value!r}{why}, it has {', '.join(accepted)}")
     if net.output_shift:
         reasons.append(f"output_shift is {net.output_shift}, it has none")

@@ -7,7 +7,7 @@ modules: ``layers.0.weight`` [T,out,in], ``layers.0.bias`` [T,out], ....
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +151,9 @@ class BatchedMLP(nn.Module):
 
     def __len__(self) -> int:
         return self.tasks
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.to_modules())
 
     def __getitem__(self, task: int) -> nn.Module:
         """Task t alone, of torch's own parts (``fm.to_module``): a copy that trains by itself."""

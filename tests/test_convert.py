@@ -900,17 +900,18 @@ class Sitzmann(nn.Module):
 
 
 class Lucidrains(nn.Module):
-    """SirenNet: net.0, net.1, ... and last_layer, each with an activation inside it."""
+    """SirenNet: layers.0, layers.1, ... and last_layer, each with an activation inside it."""
 
     def __init__(self, dim_in, dim_hidden, dim_out, num_layers, w0, w0_initial, final_activation):
         super().__init__()
         sizes = [dim_in, *[dim_hidden] * num_layers]
-        self.net = nn.ModuleList(Affine(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        self.layers = nn.ModuleList(Affine(i, o) for i, o in pairs)
         self.last_layer = Affine(dim_hidden, dim_out)
         self.w0, self.first, self.final = w0, w0_initial, final_activation
 
     def forward(self, x):
-        for index, layer in enumerate(self.net):
+        for index, layer in enumerate(self.layers):
             x = torch.sin((self.w0 if index else self.first) * layer(x))
         return self.final(self.last_layer(x))
 
@@ -1053,12 +1054,27 @@ def test_defaults_are_the_packages():
         own = {**options(expected), "coords": "world" if name == "nerf_meta" else "corners"}
         assert options(got) == own
     no_bias = {k: v for k, v in peer("lucidrains")[1].state_dict().items() if "bias" not in k}
-    renamed = {key.replace("net.", "layers."): value for key, value in no_bias.items()}
-    net, params = from_state_dict(renamed, "lucidrains")  # as newer versions name them
+    renamed = {key.replace("layers.", "net."): value for key, value in no_bias.items()}
+    net, params = from_state_dict(renamed, "lucidrains")  # as early versions name them
     assert all(
         not b.any() and torch.equal(w, renamed[key])
         for (w, b), key in zip(net.layers(params), renamed, strict=True)
     )
+
+
+def test_siren_pytorch_itself():
+    siren_pytorch = pytest.importorskip("siren_pytorch")
+    net = MLP(2, 3, 11, 3, "sine", 20.0, 40.0, output="sigmoid", coords="corners")
+    params, x = weights(net), torch.rand(16, 2)
+    module = siren_pytorch.SirenNet(**peer_arguments(net, "lucidrains"))
+    wrapper = siren_pytorch.SirenWrapper(module, image_width=4, image_height=4)
+    module.load_state_dict(to_state_dict(net, params, "lucidrains"))
+    assert (module(x) - plain(net, params, x)).abs().max() < 1e-5  # outputs in (0,1), phases < 99
+    back, again = from_state_dict(wrapper.state_dict(), "lucidrains", **options(net))
+    assert back == net and torch.equal(again, params)
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, 4)] * 2, indexing="ij")
+    image = plain(net, params, torch.stack([y, x], -1).view(-1, 2)).view(4, 4, 3)
+    assert (wrapper().squeeze(0).permute(1, 2, 0) - image).abs().max() < 1e-5  # coords "corners"
 
 
 def test_the_papers_view_network_comes_back_from_nerf_meta_as_it_is():
