@@ -168,7 +168,8 @@ def from_state_dict(state: Mapping[str, Tensor], layout: str, **options: Any) ->
       they were given a final activation, which is not converted
     * gradncp, gradncp_penultimate: GradNCP, MetaSiren and MetaSirenPenultimate; sin(30 z), output
       shifted by 0.5, coords "corners"
-    * nerf_meta: nerf-meta, SimpleNeRF; ReLU, output raw, coords "world"
+    * nerf_meta: nerf-meta, SimpleNeRF; ReLU, output raw, coords "world"; its density is
+      ``March(density="softplus")``, in early versions "relu"
 
     Weights stacked over tasks, [T,out,in], give params [T,P]. Keys may stand behind any common
     prefix, as inside a wrapper. A missing bias becomes zeros.

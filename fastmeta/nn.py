@@ -1,7 +1,8 @@
 """Stacked networks as modules of torch: ``y_t = mlp(net, θ_t, x_t)``, as torch stacks parameters.
 
 Names are those of ``to_module``, shapes those that ``torch.func.stack_module_state`` gives for T
-modules: ``layers.0.weight`` [T,out,in], ``layers.0.bias`` [T,out], ....
+modules: ``layers.0.weight`` [T,out,in], ``layers.0.bias`` [T,out], .... (``stack_module_state``
+takes modules of one class, which two of ``to_module`` are not: ``BatchedMLP.from_modules``.)
 """
 
 from __future__ import annotations
