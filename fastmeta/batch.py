@@ -6,10 +6,11 @@ A task is ``loss(measure(mlp(params, encode(x))), y)``: images measure nothing m
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -103,6 +104,7 @@ class March:
     last_interval: float = 1e-3
     white_background: bool = True
     density: str = "relu"
+    key: ClassVar[str]  # the four values as a string; set on each instance
 
     def __post_init__(self) -> None:
         if not isinstance(self.samples, int) or self.samples < 2:
@@ -115,6 +117,19 @@ class March:
             raise ValueError(
                 f"March: density is {self.density!r}; accepted are {', '.join(DENSITIES)}"
             )
+        words = (
+            self.samples,
+            float(self.last_interval),
+            bool(self.white_background),
+            self.density,
+        )
+        object.__setattr__(self, "key", json.dumps(words))
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def from_key(cls, key: str) -> March:
+        """The march whose ``key`` this is."""
+        return cls(*json.loads(key))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,13 +8,19 @@ stack of ``nn.Linear``.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Every encoding of this process by its key: a compiled graph names a network by a string.
+_ENCODINGS: dict[str, Encoding] = {}
 
 # The lists every worker expands. Sine is sin(w0 z); gelu is the exact one (erf); none is the
 # identity.
@@ -47,6 +53,7 @@ class Encoding:
     B: Tensor
     phi: Tensor
     include_input: bool = False
+    key: ClassVar[str]  # of the content; set on each instance
 
     def __post_init__(self) -> None:
         for name in ("B", "phi"):
@@ -61,17 +68,19 @@ class Encoding:
                 f"Encoding: B has shape {tuple(self.B.shape)} and phi {tuple(self.phi.shape)}; "
                 "accepted are B [D,F] and phi [F] with D, F >= 1"
             )
-
-    @cached_property
-    def _key(self) -> tuple:
         raw = self.B.numpy().tobytes() + self.phi.numpy().tobytes()
-        return tuple(self.B.shape), raw, bool(self.include_input)
+        shape = f"{tuple(self.B.shape)} {bool(self.include_input)} ".encode()
+        object.__setattr__(self, "key", hashlib.sha256(shape + raw).hexdigest())
+        _ENCODINGS.setdefault(self.key, self)
+
+    def __reduce__(self) -> tuple:
+        return Encoding, (self.B, self.phi, self.include_input)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Encoding) and self._key == other._key
+        return isinstance(other, Encoding) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self.key)
 
     def __repr__(self) -> str:
         D, F = self.B.shape
@@ -158,6 +167,8 @@ class MLP:
     output: str = "linear"
     output_shift: float = 0.0
     coords: str = "unit"
+    key: ClassVar[str]  # the specification as a string; set on each instance
+    _num_params: ClassVar[int]
 
     def __post_init__(self) -> None:
         for name, low in (("in_features", 1), ("out_features", 1), ("width", 1), ("depth", 2)):
@@ -181,7 +192,7 @@ class MLP:
                 raise ValueError(
                     f"MLP: {name} is {value}; accepted is a finite number, w0 and w0_first above 0"
                 )
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value + 0.0)  # -0.0 is 0.0, in the key too
         if self.activation != "sine" and (self.w0, self.w0_first) != (1.0, 1.0):
             raise ValueError(
                 f"MLP: w0 is {self.w0} with activation {self.activation!r}; w0 belongs to "
@@ -192,6 +203,23 @@ class MLP:
                 f"MLP: the encoding takes {self.encoding.in_features} coordinates, "
                 f"in_features is {self.in_features}"
             )
+        values = [getattr(self, field.name) for field in fields(self)]
+        words = [v.key if isinstance(v, Encoding) else v for v in values]
+        # What compiled graphs and caches read again and again: set here, once.
+        object.__setattr__(self, "key", json.dumps(words))
+        object.__setattr__(self, "_num_params", sum(i * o + o for i, o in self.sizes))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def from_key(cls, key: str) -> MLP:
+        """The network whose ``key`` this is; its encoding must have been made in this process."""
+        words = dict(zip((field.name for field in fields(cls)), json.loads(key), strict=True))
+        if words["encoding"] is not None:
+            words["encoding"] = _ENCODINGS[words["encoding"]]
+        return cls(**words)
 
     @property
     def encoded_features(self) -> int:
@@ -207,7 +235,7 @@ class MLP:
     @property
     def num_params(self) -> int:
         """P: weights and biases of all layers."""
-        return sum(i * o + o for i, o in self.sizes)
+        return self._num_params
 
     @property
     def frequencies(self) -> tuple[float, ...]:

@@ -76,7 +76,8 @@ def objections(case: Case, name: str) -> list[str]:
 
 
 @lru_cache(maxsize=4096)
-def _choose(case: Case, impl: str | None) -> Any:
+def _choose(impl: str | None, *fields: Any) -> Any:
+    case = Case(*fields)
     if case.precision is not None and case.precision not in PRECISIONS:
         raise ValueError(
             f"{case.op}: precision is {case.precision!r}; accepted are {', '.join(PRECISIONS)}"
@@ -100,19 +101,31 @@ def choose(case: Case, impl: str | None) -> Any:
     Raises:
         ValueError: the named worker, or every worker, objects; the message holds all objections.
     """
-    return _choose(case, impl if impl is not None else env.default_impl())
+    c = case
+    return choose_for(impl, c.op, c.dtype, c.device, c.precision, c.net, c.measure, c.rule, c.order)
+
+
+def choose_for(impl: str | None, *fields: Any) -> Any:
+    """``choose(Case(*fields), impl)``, in a tenth of the time on a case met before."""
+    return _choose(impl if impl is not None else env.default_impl(), *fields)
 
 
 # Checks that several ops share ---
 
 
+_FLOATS = (torch.float32, torch.float64)
+
+
 def tensor(
     op: str, name: str, value: Any, *, columns: int | None = None, dims: tuple[int, ...] = ()
 ) -> Tensor:
-    """The value, if it is a float tensor with one of the numbers of axes and that many columns."""
-    if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
-        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{op}: {name} is {came}; accepted is a float32 or float64 tensor")
+    """The value, if it is a float tensor with one of the numbers of axes and that many columns.
+
+    Under autocast a float16 or bfloat16 tensor, as torch's own layers return there, becomes
+    float32: the op computes in float32 or float64 whatever autocast asks.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
+        value = _cast(op, name, value)
     if dims and value.dim() not in dims:
         accepted = " or ".join(str(d) for d in dims)
         raise ValueError(
@@ -123,10 +136,21 @@ def tensor(
     return value
 
 
+def _cast(op: str, name: str, value: Any) -> Tensor:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    if half and torch.is_autocast_enabled(value.device.type):
+        return value.float()
+    came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(
+        f"{op}: {name} is {came}; accepted is a float32 or float64 tensor (under autocast, "
+        "float16 and bfloat16 too, computed in float32)"
+    )
+
+
 def agree(op: str, **tensors: Tensor) -> None:
     """Raise unless all tensors have one dtype and one device."""
-    kinds = {(t.dtype, t.device) for t in tensors.values()}
-    if len(kinds) > 1:
+    first, *others = tensors.values()
+    if any(t.dtype != first.dtype or t.device != first.device for t in others):
         came = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in tensors.items())
         raise ValueError(f"{op}: {came}; all must have one dtype and one device")
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..spec import MLP
-from . import dispatch
+from . import dispatch, doors
 
 
 def mlp(
@@ -49,66 +48,37 @@ def mlp(
     points = x if x.dim() == 3 else x[None]
     if rows.shape[0] != points.shape[0] and 1 not in (rows.shape[0], points.shape[0]):
         raise ValueError(f"mlp: params has {rows.shape[0]} tasks, x has {points.shape[0]}")
-    dispatch.agree("mlp", params=params, x=x)
-    case = dispatch.Case("mlp", x.dtype, x.device.type, precision, net, order=2)
-    y = _MLP.apply(dispatch.choose(case, impl), net, rows, points)
+    dispatch.agree("mlp", params=rows, x=x)
+    (y,) = doors.call(_FORM, net, impl, precision, rows, points)
     return y[0] if params.dim() == 1 and x.dim() == 2 else y
 
 
-class _MLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, worker: Any, net: MLP, params: Tensor, x: Tensor) -> Tensor:
-        ctx.worker, ctx.net = worker, net
-        ctx.save_for_backward(params, x)
-        return worker.mlp(net, params, x)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple:
-        params, x = ctx.saved_tensors
-        gp, gx = _MLPGrad.apply(ctx.worker, ctx.net, params, x, gy, ctx.needs_input_grad[3])
-        return None, None, gp, gx
+def _value(worker: Any, net: MLP, params: Tensor, x: Tensor) -> tuple[Tensor]:
+    return (worker.mlp(net, params, x),)
 
 
-class _MLPGrad(torch.autograd.Function):
-    """(p̄, x̄) of (params, x, ȳ); its own derivative is one dual pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, worker: Any, net: MLP, params: Tensor, x: Tensor, gy: Tensor, want_x: bool
-    ) -> tuple:
-        ctx.worker, ctx.net = worker, net
-        ctx.save_for_backward(params, x, gy)
-        ctx.set_materialize_grads(False)
-        return worker.mlp_grad(net, params, x, gy, want_x=want_x)
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor | None, w: Tensor | None) -> tuple:
-        params, x, gy = ctx.saved_tensors
-        if u is None and w is None:
-            return (None,) * 6
-        dy, dp, dx = _MLPDual.apply(ctx.worker, ctx.net, params, x, u, w, gy)
-        return None, None, dp, dx, dy, None
+def _grad(worker: Any, net: MLP, inputs: tuple, cotangents: Any, wanted: tuple) -> tuple:
+    return worker.mlp_grad(net, *inputs, *cotangents, want_x=wanted[1])
 
 
-class _MLPDual(torch.autograd.Function):
-    """(ẏ, p̄̇, x̄̇) along u in the weights and w in the coordinates: s = ⟨u,p̄⟩ + ⟨w,x̄⟩,
-    differentiated."""
+def _dual(worker: Any, net: MLP, inputs: tuple, tangents: tuple, cotangents: Any) -> tuple:
+    return worker.mlp_dual(net, *inputs, *tangents, *cotangents)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        worker: Any,
-        net: MLP,
-        params: Tensor,
-        x: Tensor,
-        u: Tensor | None,
-        w: Tensor | None,
-        gy: Tensor,
-    ) -> tuple:
-        return worker.mlp_dual(net, params, x, u, w, gy)
 
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple:
-        raise RuntimeError(
-            "mlp: a third derivative was asked for; it is differentiable twice in params and x"
-        )
+def _shapes(net: MLP, params: Tensor, x: Tensor) -> list:
+    tasks = x.shape[0] if params.shape[0] == 1 else params.shape[0]
+    return [(tasks, x.shape[1], net.out_features)]
+
+
+_FORM = doors.Form(
+    name="mlp",
+    inputs=("params", "x"),
+    outputs=("y",),
+    value=_value,
+    grad=_grad,
+    dual=_dual,
+    shapes=_shapes,
+    fields=lambda net: (net, "none"),
+    spec=MLP.from_key,
+)
+doors.register(_FORM)

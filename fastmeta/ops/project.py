@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch import nearest_pixels
-from . import dispatch
+from . import dispatch, doors
 
 
 def project(
@@ -47,11 +47,7 @@ def project(
         raise ValueError(
             "project: angles asks for a gradient; the nearest-pixel operator has none in the angles"
         )
-    if not bool(torch.isfinite(angles).all()):
-        raise ValueError("project: angles holds NaN or infinity; accepted are finite radians")
-    case = dispatch.Case("project", image.dtype, image.device.type, precision, order=2)
-    pixels = _pixels(angles.to(image.device), image.shape[-1])
-    return _Project.apply(dispatch.choose(case, impl), pixels, image)
+    return doors.call_linear(_FORM, impl, precision, angles.to(image.device), image)
 
 
 _LARGEST = 2**22  # indices in one entry of the cache
@@ -60,34 +56,38 @@ _LARGEST = 2**22  # indices in one entry of the cache
 def _pixels(angles: Tensor, size: int) -> Tensor:
     """``nearest_pixels``, kept for the next call with the same angles, as loops make them."""
     if angles.numel() * size * size > _LARGEST:
-        return nearest_pixels(angles, size)
+        return _finite_pixels(angles, size)
     return _kept(tuple(angles.flatten().tolist()), angles.shape, size, angles.device)
 
 
 @lru_cache(maxsize=8)
 def _kept(angles: tuple[float, ...], shape: torch.Size, size: int, device: torch.device) -> Tensor:
-    return nearest_pixels(
+    return _finite_pixels(
         torch.tensor(angles, dtype=torch.float64, device=device).view(shape), size
     )
 
 
-class _Project(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, worker: Any, pixels: Tensor, image: Tensor) -> Tensor:
-        ctx.worker, ctx.pixels = worker, pixels
-        return worker.project(image, pixels)
-
-    @staticmethod
-    def backward(ctx: Any, gsino: Tensor) -> tuple:
-        return None, None, _Adjoint.apply(ctx.worker, ctx.pixels, gsino)
+def _finite_pixels(angles: Tensor, size: int) -> Tensor:
+    if not bool(torch.isfinite(angles).all()):
+        raise ValueError("project: angles holds NaN or infinity; accepted are finite radians")
+    return nearest_pixels(angles, size)
 
 
-class _Adjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, worker: Any, pixels: Tensor, gsino: Tensor) -> Tensor:
-        ctx.worker, ctx.pixels = worker, pixels
-        return worker.project_adjoint(gsino, pixels)
+def _ahead(worker: Any, angles: Tensor, image: Tensor) -> Tensor:
+    return worker.project(image, _pixels(angles, image.shape[-1]))
 
-    @staticmethod
-    def backward(ctx: Any, image: Tensor) -> tuple:
-        return None, None, _Project.apply(ctx.worker, ctx.pixels, image)
+
+def _back(worker: Any, angles: Tensor, sinogram: Tensor) -> Tensor:
+    return worker.project_adjoint(sinogram, _pixels(angles, sinogram.shape[-1]))
+
+
+_FORM = doors.Linear(
+    name="project",
+    ahead=_ahead,
+    back=_back,
+    shapes=(
+        lambda angles, image: (*angles.shape, image.shape[-1]),
+        lambda angles, sino: (sino.shape[0], sino.shape[-1], sino.shape[-1]),
+    ),
+)
+doors.register_linear(_FORM)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..batch import March, Rays
 from ..reference import ray_times
 from ..spec import MLP
-from . import dispatch
+from . import dispatch, doors
 from .mlp import mlp
 
 
@@ -50,10 +50,14 @@ def composite(
             "[...,S,4] and [...,S]"
         )
     dispatch.agree("composite", raw=raw, t=t)
-    case = dispatch.Case(
-        "composite", raw.dtype, raw.device.type, precision, measure="march", order=2
+    if raw.dim() == 3:
+        rgb, depth, acc = doors.call(_FORM, march, impl, precision, raw, t)
+        return rgb, depth, acc
+    rays = raw.shape[:-2]
+    flat = doors.call(
+        _FORM, march, impl, precision, raw.reshape(-1, *raw.shape[-2:]), t.reshape(-1, t.shape[-1])
     )
-    return _Composite.apply(dispatch.choose(case, impl), march, raw, t)
+    return flat[0].view(*rays, 3), flat[1].view(rays), flat[2].view(rays)
 
 
 def render(
@@ -110,48 +114,32 @@ def render(
     return composite(raw.unflatten(1, (R, march.samples)), t, march, impl=impl, precision=precision)
 
 
-class _Composite(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, worker: Any, march: March, raw: Tensor, t: Tensor) -> tuple:
-        ctx.worker, ctx.march = worker, march
-        ctx.save_for_backward(raw, t)
-        return worker.composite(raw, t, march)
-
-    @staticmethod
-    def backward(ctx: Any, grgb: Tensor, gdepth: Tensor, gacc: Tensor) -> tuple:
-        graw, gt = _CompositeGrad.apply(
-            ctx.worker, ctx.march, *ctx.saved_tensors, grgb, gdepth, gacc
-        )
-        return None, None, graw, gt
+def _value(worker: Any, march: March, raw: Tensor, t: Tensor) -> tuple:
+    return worker.composite(raw, t, march)
 
 
-class _CompositeGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, worker: Any, march: March, raw: Tensor, t: Tensor, *adjoints: Tensor
-    ) -> tuple:
-        ctx.worker, ctx.march = worker, march
-        ctx.save_for_backward(raw, t, *adjoints)
-        return worker.composite_grad(raw, t, march, *adjoints)
-
-    @staticmethod
-    def backward(ctx: Any, vraw: Tensor, vt: Tensor) -> tuple:
-        raw, t, *adjoints = ctx.saved_tensors
-        drgb, ddepth, dacc, draw, dt = _CompositeDual.apply(
-            ctx.worker, ctx.march, raw, t, vraw, vt, *adjoints
-        )
-        return None, None, draw, dt, drgb, ddepth, dacc
+def _grad(worker: Any, march: March, inputs: tuple, cotangents: Any, wanted: tuple) -> tuple:
+    return worker.composite_grad(*inputs, march, *cotangents)
 
 
-class _CompositeDual(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, worker: Any, march: March, raw: Tensor, t: Tensor, *rest: Tensor
-    ) -> tuple:
-        return worker.composite_dual(raw, t, march, *rest)
+def _dual(worker: Any, march: March, inputs: tuple, tangents: tuple, cotangents: Any) -> tuple:
+    along = [torch.zeros_like(a) if v is None else v for a, v in zip(inputs, tangents, strict=True)]
+    return worker.composite_dual(*inputs, march, *along, *cotangents)
 
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple:
-        raise RuntimeError(
-            "composite: a third derivative was asked for; it is differentiable twice in raw and t"
-        )
+
+def _shapes(march: March, raw: Tensor, t: Tensor) -> list:
+    return [(raw.shape[0], 3), (raw.shape[0],), (raw.shape[0],)]
+
+
+_FORM = doors.Form(
+    name="composite",
+    inputs=("raw", "t"),
+    outputs=("rgb", "depth", "acc"),
+    value=_value,
+    grad=_grad,
+    dual=_dual,
+    shapes=_shapes,
+    fields=lambda march: (None, "march"),
+    spec=March.from_key,
+)
+doors.register(_FORM)
