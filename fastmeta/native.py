@@ -153,8 +153,7 @@ class _Call:
 
     def rows(self, name: str, tensor: Tensor) -> None:
         """Sets a field to [T or 1, ...]: dense rows; one row, or one repeated, has stride 0."""
-        if not tensor[0].is_contiguous():
-            tensor = tensor.contiguous()
+        tensor = _dense_rows(tensor)
         setattr(self.job, name, self.hold(tensor))
         setattr(self.job, f"{name}_stride", tensor.stride(0) if tensor.shape[0] > 1 else 0)
 
@@ -167,7 +166,7 @@ class _Call:
     def points(self, x: Tensor, tasks: int) -> None:
         """Coordinates [T or 1,N,D] without targets."""
         data = self.job.data
-        x = x if x[0].is_contiguous() else x.contiguous()
+        x = _dense_rows(x)
         data.tasks, data.points = tasks, x.shape[1]
         data.x, data.x_stride = self.hold(x), x.stride(0) if x.shape[0] > 1 else 0
 
@@ -193,8 +192,7 @@ class _Call:
             )
             data.near, data.far = self.dense(near), self.dense(far)
             return
-        x = batch.x if batch.x.dim() == 3 else batch.x[None]
-        x = x if x[0].is_contiguous() else x.contiguous()
+        x = _dense_rows(batch.x if batch.x.dim() == 3 else batch.x[None])
         data.x, data.x_stride = self.hold(x), x.stride(0) if x.shape[0] > 1 else 0
         if isinstance(batch.measure, Project):
             data.angles, data.size = batch.y.shape[1], batch.y.shape[2]
@@ -211,6 +209,13 @@ class _Call:
 
     def run(self, isa: str) -> None:
         self.job.run(isa, self.dtype == torch.float64)
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """[T or 1,...] as it is where each row is dense, whatever lies between rows."""
+    if tensor.is_contiguous() or tensor[0].is_contiguous():  # the first alone is 0.7 us faster
+        return tensor
+    return tensor.contiguous()
 
 
 def _march(march: March) -> Any:
@@ -241,9 +246,9 @@ class Passes:
 
     def mlp(self, net: MLP, params: Tensor, x: Tensor) -> Tensor:
         call, T, N = self._points("mlp", net, params, x)
-        y = call.out("y", call.job.data.tasks, call.job.data.points, net.out_features)
+        y = call.out("y", T, N, net.out_features)
         call.run(self.isa)
-        return y.view(T, N, -1)
+        return y
 
     def mlp_grad(
         self, net: MLP, params: Tensor, x: Tensor, gy: Tensor, *, want_x: bool = True

@@ -105,15 +105,6 @@ def test_mlp_second_derivative_without_one_of_the_two(impl):
     assert error(got[0], want[0]) < 1e-12
 
 
-def test_forward_mode_and_vmap_raise_rather_than_return_zero(impl):
-    net = fm.siren(2, 3, 8, 3, 5.0)
-    p, x = parameters(net, 1), rand(1, 5, 2)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda q: fm.mlp(net, p, q, impl=impl), (x,), (torch.ones_like(x),))
-    with pytest.raises(RuntimeError):
-        torch.func.vmap(lambda q: fm.mlp(net, q, x, impl=impl))(p)
-
-
 @pytest.mark.parametrize(
     ("params", "x", "message"),
     [

@@ -36,7 +36,7 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """An op of n tensors, each with a leading axis of T rows, or of 1 that all share.
+    """An op of n tensors, each with a leading axis of T rows, or, where ``shared``, of 1 for all.
 
     ``value(worker, spec, *inputs) -> outputs``; ``grad(worker, spec, inputs, cotangents, wanted)
     -> input gradients``, None where not wanted; ``dual(worker, spec, inputs, tangents, cotangents)
@@ -53,6 +53,7 @@ class Form:
     shapes: Callable[..., list]
     fields: Callable[[Any], tuple]
     spec: Callable[[str], Any]
+    shared: bool = False
 
 
 def call(form: Form, spec: Any, impl: str | None, precision: str | None, *inputs: Tensor) -> Any:
@@ -77,6 +78,7 @@ def _worker(form: Form, spec: Any, impl: str | None, precision: str | None, a: T
 # Private names of torch, looked up once; without them the question is answered the safe way.
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_legacy = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
 
 
 def traced() -> bool:
@@ -120,6 +122,7 @@ class Fast(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
+        _no_batches(ctx.form.name, cotangents)
         inputs, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:]
         given = _filled(ctx.form, ctx.how, inputs, cotangents)
         if transformed():  # of the cotangents, where y was computed outside
@@ -145,6 +148,7 @@ class FastGrad(Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple:
         if all(u is None for u in tangents):
             return (None,) * (3 + len(ctx.saved_tensors))
+        _no_batches(ctx.form.name, tangents)
         dual = Dual if transformed() else FastDual
         return None, None, None, *_dual(dual, ctx.form, ctx.how, ctx.saved_tensors, tangents)
 
@@ -170,6 +174,15 @@ def _filled(form: Form, how: tuple, inputs: Tensors, cotangents: Sequence) -> li
     return [
         inputs[0].new_zeros(s) if g is None else g for g, s in zip(cotangents, shapes, strict=True)
     ]
+
+
+def _no_batches(name: str, tensors: Sequence) -> None:
+    """Raise for tensors of torch's older vmap, which autograd functions cannot take apart."""
+    if _legacy is not None and any([g is not None and _legacy(g) for g in tensors]):
+        raise NotImplementedError(
+            f"{name}: a batch of cotangents came, by is_grads_batched or vectorize=True; accepted "
+            "are torch.func.vmap, jacrev and hessian"
+        )
 
 
 def _dual(function: Any, form: Form, how: tuple, tensors: Tensors, tangents: tuple) -> tuple:
@@ -207,7 +220,7 @@ class Value(Function):
 
     @staticmethod
     def vmap(info: Any, dims: tuple, form: Form, how: tuple, *inputs: Tensor) -> tuple:
-        rows, tasks, _ = fold(info.batch_size, dims[2:], inputs, share=True)
+        rows, tasks, _ = fold(info.batch_size, dims[2:], inputs, share=form.shared)
         return unfold(info.batch_size, Value.apply(form, how, *rows), [tasks] * len(form.outputs))
 
 
@@ -394,6 +407,7 @@ class FastApply(Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple:
+        _no_batches(ctx.how[0].name, [gy])
         way = Apply if transformed() else FastApply
         return None, None, None, None, way.apply(*ctx.how, gy)
 
@@ -464,7 +478,7 @@ def register(form: Form) -> None:
         return (*kept, *[None] * 3)
 
     def value_vmap(info: Any, dims: tuple, *args: Any) -> tuple:
-        rows, T, _ = fold(info.batch_size, dims[:n], args[:n], share=True)
+        rows, T, _ = fold(info.batch_size, dims[:n], args[:n], share=form.shared)
         out = _many(getattr(ops, name)(*rows, *args[n:]))
         return _one_and_axes(unfold(info.batch_size, out, [T] * m))
 
@@ -564,13 +578,13 @@ def operator(
 
     def kernel(*args: Any) -> Any:
         tensors = [q for q in args if isinstance(q, Tensor)]
-        if any(torch._VF._unpack_dual(q, level=0)[1] is not None for q in tensors):  # type: ignore[attr-defined]
+        if any(torch._VF._unpack_dual(q, level=0)[1] is not None for q in tensors):
             raise NotImplementedError(
                 f"{name}: a forward-mode tangent reached the operator fastmeta::{name}, as in a "
                 "compiled jvp; accepted is forward mode outside torch.compile"
             )
         if torch.is_grad_enabled() and any(q.requires_grad for q in tensors):
-            if _functorch_active is None or _functorch_active():
+            if _functorch_active is not None and _functorch_active():
                 raise NotImplementedError(
                     f"{name}: a torch.func gradient reached the operator fastmeta::{name}, as in a "
                     "compiled torch.func.grad; accepted are torch.func outside torch.compile, and "

@@ -48,7 +48,8 @@ def mlp(
     points = x if x.dim() == 3 else x[None]
     if rows.shape[0] != points.shape[0] and 1 not in (rows.shape[0], points.shape[0]):
         raise ValueError(f"mlp: params has {rows.shape[0]} tasks, x has {points.shape[0]}")
-    dispatch.agree("mlp", params=rows, x=x)
+    if rows.dtype != x.dtype or rows.device != x.device:
+        dispatch.agree("mlp", params=rows, x=x)  # raises
     (y,) = doors.call(_FORM, net, impl, precision, rows, points)
     return y[0] if params.dim() == 1 and x.dim() == 2 else y
 
@@ -80,5 +81,6 @@ _FORM = doors.Form(
     shapes=_shapes,
     fields=lambda net: (net, "none"),
     spec=MLP.from_key,
+    shared=True,
 )
 doors.register(_FORM)
