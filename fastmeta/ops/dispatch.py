@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import env
 from ..batch import Batch
@@ -231,12 +232,13 @@ class _Refuse(torch.autograd.Function):
 
 def refuse_gradient(op: str, faces: str, inputs: tuple, outputs: tuple) -> tuple:
     """Outputs as they are; where an input asks for a gradient, outputs that raise if one is taken
-    through them."""
+    through them. A forward-mode tangent raises at once."""
+    message = f"{op}: no gradient flows through this op; the differentiable ones are {faces}"
+    if forward_ad._current_level >= 0:
+        tensors = [t for t in inputs if isinstance(t, Tensor)]
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise RuntimeError(message)
     anchor = next((t for t in inputs if isinstance(t, Tensor) and t.requires_grad), None)
     if anchor is None or not torch.is_grad_enabled():
         return outputs
-    return _Refuse.apply(
-        f"{op}: no gradient flows through this op; the differentiable ones are {faces}",
-        anchor,
-        *outputs,
-    )
+    return _Refuse.apply(message, anchor, *outputs)

@@ -594,8 +594,10 @@ def operator(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, kernel, "Autograd")
+    # torch.compile looks into every Python frame below a compiled call, an operator's own too.
+    opaque = getattr(torch, "_disable_dynamo", lambda f: f)
+    _LIBRARY.impl(name, opaque(body), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, opaque(kernel), "Autograd")
     torch.library.register_fake(f"fastmeta::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"fastmeta::{name}", vmap, lib=_LIBRARY)
 

@@ -28,7 +28,9 @@ def mlp(
     Returns:
         y [T,N,C]; where neither params nor x has a task axis, [N,C].
 
-    Differentiable in params and x, twice; a third derivative raises.
+    Differentiable in params and x, twice, by autograd, torch.func (grad, vjp, jvp, vmap and their
+    compositions) and within torch.compile; a third derivative, and forward mode over forward mode
+    or within a compiled graph, raises.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a worker that cannot

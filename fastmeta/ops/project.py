@@ -26,7 +26,8 @@ def project(
         impl, precision: as in ``mlp``.
 
     Returns:
-        sinogram [T,A,W]. Linear in the image, so differentiable any number of times in it.
+        sinogram [T,A,W]. Linear in the image, so differentiable any number of times in it, in
+        forward mode too; torch.vmap takes images and angles.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit; angles that ask for a gradient.

@@ -30,8 +30,8 @@ def composite(
         impl, precision: as in ``mlp``; compositing itself is fp32 whatever the precision.
 
     Returns:
-        rgb [...,3], depth [...], acc [...]. Differentiable twice in raw and t; a third derivative
-        raises.
+        rgb [...,3], depth [...], acc [...]. Differentiable twice in raw and t, under the transforms
+        that ``mlp`` takes; a third derivative raises.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
@@ -84,7 +84,7 @@ def render(
 
     Returns:
         rgb [T,R,3], depth [T,R], acc [T,R]. Differentiable twice in params and in the rays' origins
-        and directions.
+        and directions, under the transforms that ``mlp`` takes.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
