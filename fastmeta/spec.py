@@ -207,7 +207,9 @@ class MLP:
         words = [v.key if isinstance(v, Encoding) else v for v in values]
         # What compiled graphs and caches read again and again: set here, once.
         object.__setattr__(self, "key", json.dumps(words))
-        object.__setattr__(self, "_num_params", sum(i * o + o for i, o in self.sizes))
+        E, H, C = self.encoded_features, self.width, self.out_features
+        inner = (self.depth - 2) * (H + 1) * H  # any depth: a damaged file's must not fill memory
+        object.__setattr__(self, "_num_params", (E + 1) * H + inner + (H + 1) * C)
 
     def __hash__(self) -> int:
         return hash(self.key)

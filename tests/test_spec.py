@@ -125,3 +125,10 @@ def test_bad_encodings_are_refused():
 def test_every_activation_is_tested_somewhere():
     assert {net.activation for net in nets()} == set(ACTIVATIONS)
     assert error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
+
+
+def test_the_number_of_parameters_is_the_sum_over_layers_at_any_depth():
+    for depth in (2, 3, 16):
+        for net in (fm.siren(2, 3, 8, depth), fm.fourier_mlp(2, 1, 7, depth, features=5)):
+            assert net.num_params == sum(i * o + o for i, o in net.sizes)
+    assert fm.MLP(2, 3, 8, 10**9).num_params > 10**9  # not by making a list of its layers

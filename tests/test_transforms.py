@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from helpers import IMPLS, error, parameters, plain_mlp, rand
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
@@ -279,6 +279,16 @@ def test_forward_mode_without_torch_func(impl, name):
 
     agree(tangents(f), tangents(plain))
     agree(backward_along(f), backward_along(plain))
+
+
+@every_impl
+@every_op
+def test_against_differences_in_forward_mode(impl, name):
+    """gradcheck's own: tangents, and tangents of gradients, against finite differences."""
+    f, _, inputs = ops(impl)[name]
+    leaves = [a.clone().requires_grad_() for a in inputs]
+    assert gradcheck(f, leaves, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(f, leaves, check_fwd_over_rev=True, fast_mode=True)
 
 
 @every_impl
