@@ -1,6 +1,6 @@
 """fastmeta: meta-learned initial weights for coordinate networks, at kernel speed."""
 
-from . import nn, rules
+from . import compat, nn, rules
 from .batch import Batch, March, Project, Rays
 from .checkpoint import load_init, save_init
 from .convert import from_module, load_learnit, to_module
@@ -27,6 +27,7 @@ __all__ = [
     "Reptile",
     "adapt",
     "available",
+    "compat",
     "composite",
     "fourier_mlp",
     "from_module",
