@@ -52,15 +52,8 @@ class Tasks:
         if not self.params.requires_grad:
             self.params = self.params.detach().requires_grad_()
         self._state: tuple[Tensor, ...] = ()
-        if not isinstance(lr, Tensor):
-            return
-        try:
-            lr.expand(self.params.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"{op}: lr has shape {tuple(lr.shape)}; accepted is what broadcasts to [T,P] = "
-                f"{tuple(self.params.shape)}"
-            ) from None
+        if isinstance(lr, Tensor):
+            _broadcasts(op, lr, self.params.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [T,N,C] at θ_k, of points x [T,N,D], or [N,D] shared by all tasks."""
@@ -83,19 +76,12 @@ class Tasks:
         Raises:
             TypeError, ValueError: another shape, or a loss that is not of the present weights.
         """
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"{self.op}: loss is {type(loss).__name__}; accepted is a tensor [T]")
-        if tuple(loss.shape) != (self.tasks,) and not (self.tasks == 1 and loss.numel() == 1):
-            raise ValueError(
-                f"{self.op}: loss has shape {list(loss.shape)}; accepted is one a task, "
-                f"[{self.tasks}], such as ((task(x) - y) ** 2).mean((1, 2)): a mean over tasks "
-                "would divide each task's step by their number"
-            )
+        total = _sum(self.op, loss, self.tasks)
         first = self.first_order if first_order is None else bool(first_order)
         grad = None
-        if loss.requires_grad:
+        if total.requires_grad:
             (grad,) = torch.autograd.grad(
-                loss.sum(), self.params, create_graph=not first, allow_unused=True
+                total, self.params, create_graph=not first, allow_unused=True
             )
         if grad is None and not allow_unused:
             raise ValueError(
@@ -339,6 +325,29 @@ def _start(op: str, model: Any) -> tuple[MLP, Tensor, dict[str, Any]]:
             "accepted is a module where each nn.Linear has its own of both"
         )
     return net, flat[None], {}
+
+
+def _sum(op: str, loss: Any, tasks: int) -> Tensor:
+    """The sum of one loss a task, [T]."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{op}: loss is {type(loss).__name__}; accepted is a tensor [T]")
+    if tuple(loss.shape) != (tasks,) and not (tasks == 1 and loss.numel() == 1):
+        raise ValueError(
+            f"{op}: loss has shape {list(loss.shape)}; accepted is one a task, [{tasks}], such as "
+            "((task(x) - y) ** 2).mean((1, 2)): a mean over tasks would divide each task's step by "
+            "their number"
+        )
+    return loss.sum()
+
+
+def _broadcasts(op: str, lr: Tensor, shape: torch.Size) -> None:
+    try:
+        lr.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: lr has shape {tuple(lr.shape)}; accepted is what broadcasts to [T,P] = "
+            f"{tuple(shape)}"
+        ) from None
 
 
 def _direction(
