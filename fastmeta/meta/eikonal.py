@@ -22,6 +22,7 @@ from ..ops.mlp import mlp
 from ..reference import State, draw, rule_step
 from ..rules import MetaSGD, Rule, resolve
 from ..spec import MLP
+from .given import with_gradients
 from .maml import hold_rate, start
 
 
@@ -145,38 +146,12 @@ class Eikonal(nn.Module):
         theta = _descend(inner, rows.detach(), rates, self.rule, False)[0]
         loss, gradient = outer.grad(theta, K)
         direction = self.init.detach() - theta.mean(0) if reptile else gradient.mean(0)
-        return _Given.apply(loss.mean(), direction, self.init)
+        why = "Eikonal: a derivative of the outer gradient was asked for; there is none"
+        return with_gradients(loss.mean(), (self.init,), (direction,), why)
 
     def extra_repr(self) -> str:
         what = f"inner_steps={self.inner_steps}, weight={self.weight}, rule={self.rule}"
         return f"{self.net}, algorithm={self.algorithm!r}, {what}"
-
-
-class _Given(torch.autograd.Function):
-    """A loss whose derivative in ``init`` is given."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, direction: Tensor, init: Tensor) -> Tensor:
-        ctx.save_for_backward(init, direction)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple:
-        return None, None, _Direction.apply(cotangent, *ctx.saved_tensors)
-
-
-class _Direction(torch.autograd.Function):
-    """That derivative, which has none; ``init`` is there so that a graph leads here."""
-
-    @staticmethod
-    def forward(ctx: Any, cotangent: Tensor, init: Tensor, direction: Tensor) -> Tensor:
-        return cotangent * direction
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple:
-        raise RuntimeError(
-            "Eikonal: a derivative of the outer gradient was asked for; there is none"
-        )
 
 
 def _check(op: str, net: MLP, batch: Batch | None, weight: Any) -> None:

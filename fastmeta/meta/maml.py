@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from ..ops import dispatch
 from ..ops.adapt import check_memory, check_steps, expand_rates
 from ..rules import MetaSGD, Rule, resolve
 from ..spec import MLP
+from .given import with_gradients
 
 
 class MAML(nn.Module):
@@ -84,12 +85,22 @@ class MAML(nn.Module):
             "maml", self.net, self.init, batch, self.precision, self.rule, self.order
         )
         rates = expand_rates("MAML", self.inner_lr, self.inner_steps, batch.tasks, rows)
-        worker = dispatch.choose(case, self.impl)
-        plan = _Plan(
-            worker, self.net, batch, rates.detach(), self.rule, self.order, self.max_memory
-        )
+        worker, grad = dispatch.choose(case, self.impl), torch.is_grad_enabled()
         learned = self.inner_lr if isinstance(self.inner_lr, nn.Parameter) else None
-        return _MetaLoss.apply(plan, self.init, learned)
+        wanted = [p for p in (self.init, learned) if p is not None and p.requires_grad]
+        net, init, lr, memory = self.net, self.init.detach()[None], rates.detach(), self.max_memory
+        with torch.no_grad():
+            if not (wanted and grad):
+                theta = worker.adapt(net, init, batch, lr, self.rule, max_memory=memory)[0]
+                query = batch if batch.query is None else batch.query
+                return worker.loss(net, theta, query, self.inner_steps, memory).mean()
+            rate = None if learned is None or not learned.requires_grad else learned.detach()
+            how: dict[str, Any] = {"order": self.order, "learned": rate, "max_memory": memory}
+            loss, ginit, grates = worker.maml(net, init, batch, lr, self.rule, **how)
+        why = (
+            "MAML: a derivative of the meta-gradient was asked for; the loss is differentiable once"
+        )
+        return with_gradients(loss.mean(), (self.init, learned), (ginit, grates), why)
 
     def extra_repr(self) -> str:
         return f"{self.net}, inner_steps={self.inner_steps}, order={self.order}, rule={self.rule}"
@@ -110,64 +121,3 @@ def hold_rate(module: Any, inner_lr: float | Tensor) -> None:
         module.register_buffer("inner_lr", inner_lr.detach().clone())
     else:
         module.inner_lr = inner_lr if isinstance(inner_lr, nn.Parameter) else float(inner_lr)
-
-
-class _Plan(NamedTuple):
-    worker: Any
-    net: MLP
-    batch: Batch
-    lr: Tensor  # [K,T,P], a view
-    rule: Rule
-    order: int
-    max_memory: int | None
-
-
-class _MetaLoss(torch.autograd.Function):
-    """The loss after the inner loop. Where a gradient is wanted, the meta-gradient comes with it in
-    one call of the worker, so that a task's trajectory need not outlive the task; backward scales
-    it."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: _Plan, init: Tensor, learned: Tensor | None) -> Tensor:
-        worker, net, batch, lr, rule, order, memory = plan
-        _, want_init, want_rate = ctx.needs_input_grad
-        if not (want_init or want_rate):
-            theta = worker.adapt(net, init[None], batch, lr, rule, max_memory=memory)[0]
-            query = batch if batch.query is None else batch.query
-            return worker.loss(net, theta, query, lr.shape[0], memory).mean()
-        loss, ginit, grates = worker.maml(
-            net,
-            init[None],
-            batch,
-            lr,
-            rule,
-            order=order,
-            learned=learned if want_rate else None,
-            max_memory=memory,
-        )
-        ctx.save_for_backward(init, ginit, grates)
-        return loss.mean()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple:
-        ginit, grates = _MetaGradient.apply(cotangent, *ctx.saved_tensors)
-        return None, ginit, grates
-
-
-class _MetaGradient(torch.autograd.Function):
-    """The meta-gradient times the incoming cotangent; it has no derivative of its own.
-
-    ``init`` is an input so that a graph through this node leads to the error, not to nothing.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, cotangent: Tensor, init: Tensor, ginit: Tensor, grates: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        return cotangent * ginit, None if grates is None else cotangent * grates
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple:
-        raise RuntimeError(
-            "MAML: a derivative of the meta-gradient was asked for; the loss is differentiable once"
-        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +10,7 @@ from ..ops import dispatch
 from ..ops.adapt import check_memory, check_steps, expand_rates
 from ..rules import MetaSGD, Rule, resolve
 from ..spec import MLP
+from .given import with_gradients
 from .maml import hold_rate, start
 
 
@@ -73,44 +72,13 @@ class Reptile(nn.Module):
             )
         rates = expand_rates("Reptile", self.inner_lr, self.inner_steps, batch.tasks, rows)
         worker = dispatch.choose(case, self.impl)
-        return _PseudoLoss.apply(
-            worker, self.net, batch, rates.detach(), self.rule, self.max_memory, self.init
-        )
+        init, memory = self.init.detach(), self.max_memory
+        lr = rates.detach()
+        with torch.no_grad():
+            theta = worker.adapt(self.net, init[None], batch, lr, self.rule, max_memory=memory)[0]
+            loss = worker.loss(self.net, theta, batch, self.inner_steps, memory).mean()
+        why = "Reptile: a derivative of the pseudo-gradient was asked for; there is none"
+        return with_gradients(loss, (self.init,), (init - theta.mean(0),), why)
 
     def extra_repr(self) -> str:
         return f"{self.net}, inner_steps={self.inner_steps}, rule={self.rule}"
-
-
-class _PseudoLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        worker: Any,
-        net: MLP,
-        batch: Batch,
-        lr: Tensor,
-        rule: Rule,
-        memory: int | None,
-        init: Tensor,
-    ) -> Tensor:
-        theta = worker.adapt(net, init[None], batch, lr, rule, max_memory=memory)[0]
-        ctx.save_for_backward(init, init - theta.mean(0))
-        return worker.loss(net, theta, batch, lr.shape[0], memory).mean()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple:
-        return (None,) * 6 + (_Direction.apply(cotangent, *ctx.saved_tensors),)
-
-
-class _Direction(torch.autograd.Function):
-    """The pseudo-gradient, without a derivative; ``init`` is there so that a graph leads here."""
-
-    @staticmethod
-    def forward(ctx: Any, cotangent: Tensor, init: Tensor, direction: Tensor) -> Tensor:
-        return cotangent * direction
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple:
-        raise RuntimeError(
-            "Reptile: a derivative of the pseudo-gradient was asked for; there is none"
-        )
