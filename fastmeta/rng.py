@@ -62,17 +62,17 @@ def uniform(
 
 def task_seeds(run_seed: int, outer_step: int, tasks: int) -> Tensor:
     """[T] int64: a hash of run seed, outer step and task, by Philox itself (two of its words)."""
-    key = torch.tensor([_signed(run_seed)])
+    key = torch.tensor([signed(run_seed)])
     low, high, _, _ = philox(key, torch.arange(tasks), outer_step, SEEDS)
     return low | (high << 32)
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
     """[size] int64: the order of an epoch, a function of (seed, epoch) alone."""
-    words = philox(torch.tensor([_signed(seed)]), torch.arange(size), epoch, SHUFFLE)
+    words = philox(torch.tensor([signed(seed)]), torch.arange(size), epoch, SHUFFLE)
     return torch.argsort(words[0] << 31 | words[1] >> 1, stable=True)
 
 
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
     """Any Python integer as the int64 with the same low 64 bits."""
     return ((seed + 2**63) % 2**64) - 2**63

@@ -181,8 +181,8 @@ def test_an_ellipse_is_projected_as_the_closed_form_says():
 def test_numbers_refused():
     for bad in ({"count": -1}, {"count": 1, "first": -1}, {"count": 1, "first": 2**32}):
         one_line("phantom_images: count is .*; accepted are 0 to", phantoms.phantom_images, **bad)
-    one_line("size 7; accepted are .*, size at least 8", phantoms.phantom_images, 1, size=7)
-    one_line("size 8.5; accepted", phantoms.phantom_images, 1, size=8.5)
+    one_line(r"size \(7, 7\); accepted are .*, size at least 8", phantoms.phantom_images, 1, size=7)
+    one_line(r"size \(8.5, 8.5\); accepted", phantoms.phantom_images, 1, size=8.5)
     one_line(r"at most 2\*\*30 each", phantoms.phantom_splits, 16, 2**30 + 1)
 
 

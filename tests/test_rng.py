@@ -6,7 +6,7 @@ from fastmeta import rng
 
 
 def words(key: tuple[int, int], counter: tuple[int, int, int]) -> list[str]:
-    seed = torch.tensor([rng._signed(key[0] | key[1] << 32)])
+    seed = torch.tensor([rng.signed(key[0] | key[1] << 32)])
     out = rng.philox(seed, torch.tensor([counter[0]]), counter[1], counter[2])
     return [f"{int(w):08x}" for w in out]
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..rng import signed
 from .arrays import as_array, existing, files_below, map_npy, npz_heads, one_line, read_npz
 
 FORMATS = ("png", "jpg", "jpeg", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm")
@@ -89,6 +90,46 @@ class ImageSet:
 
 
 Splits = tuple[ImageSet, ImageSet, ImageSet]
+_FAR = 1 << 30  # of a drawn sequence validation starts here, test at twice this
+
+
+def drawn_images(
+    name: str,
+    draw: Callable[..., np.ndarray],
+    count: int,
+    *,
+    size: tuple[int, int],
+    channels: int,
+    seed: int,
+    first: int,
+    memory: int,
+) -> ImageSet:
+    """Images first .. first + count − 1 of an endless sequence, drawn when they are asked for.
+
+    Args:
+        name: what they are: image i is called NAME-SEED-i.
+        draw: (key, i) -> [H,W,C]; key [1] int64 is the seed's low 64 bits, i counts from 0.
+        size: (H, W), at least 8.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    whole = all(isinstance(n, int) for n in (count, first, *size))
+    if not whole or min(count, first) < 0 or first + count > 2**32 or min(size) < 8:
+        came = f"count is {count}, first {first}, size {size}"
+        raise ValueError(f"{name}_images: {came}; accepted are 0 to 2**32 - 1, size at least 8")
+    key = torch.tensor([signed(seed)])
+    names = tuple(f"{name}-{seed}-{i}" for i in range(first, first + count))
+    return ImageSet(lambda row: draw(key, first + row), names, size, channels, Memory(memory))
+
+
+def drawn_splits(name: str, make: Callable[..., ImageSet], counts: tuple[int, int, int]) -> Splits:
+    """(train, validation, test): ranges of one sequence, from 0, 2³⁰ and 2³¹, so that none moves
+    when another grows; ``make(n, first=)`` draws a range. ValueError: more than 2³⁰ in a part."""
+    if max(counts) > _FAR:
+        raise ValueError(f"{name}_splits: {counts} images; accepted are at most 2**30 each")
+    learn, check, held_out = (make(n, first=k * _FAR) for k, n in enumerate(counts))
+    return learn, check, held_out
 
 
 def open_images(

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import rng
-from .files import ImageSet, Memory, Splits
+from .files import ImageSet, Splits, drawn_images, drawn_splits
 
 # Value, half axes, centre, angle in degrees, in the square [-1,1)², y up. Source: Shepp & Logan
 # 1974, with the contrasts of Toft 1996 ("modified": the soft tissue can be seen).
@@ -41,7 +42,6 @@ CENTRE = (0.0, 0.04)  # of the eight ellipses inside, along each axis
 AXES = (1.0, 0.2)  # a factor on each of their half axes
 ANGLE = (0.0, 20.0)  # degrees
 VALUE = (1.0, 0.5)  # a factor
-_FAR = 1 << 30  # validation starts here, test at twice this
 
 
 def phantom_images(
@@ -70,13 +70,8 @@ def phantom_images(
     Raises:
         ValueError: a number out of range.
     """
-    whole = all(isinstance(n, int) for n in (count, size, first))
-    if not whole or min(count, first) < 0 or first + count > 2**32 or size < 8:
-        came = f"count is {count}, first {first}, size {size}"
-        raise ValueError(f"phantom_images: {came}; accepted are 0 to 2**32 - 1, size at least 8")
-    names = tuple(f"phantom-{seed}-{i}" for i in range(first, first + count))
-    read = partial(_phantom, seed=seed, first=first, size=size)
-    return ImageSet(read, names, (size, size), 1, Memory(memory))
+    shape: dict[str, Any] = {"size": (size, size), "channels": 1, "seed": seed, "first": first}
+    return drawn_images("phantom", partial(_phantom, size=size), count, memory=memory, **shape)
 
 
 def phantom_splits(
@@ -86,19 +81,13 @@ def phantom_splits(
 
     They are ranges of one sequence, from 0, 2³⁰ and 2³¹. Errors as ``phantom_images``.
     """
-    counts = (train, validation, test)
-    if max(counts) > _FAR:
-        raise ValueError(f"phantom_splits: {counts} phantoms; accepted are at most 2**30 each")
-    learned, check, held_out = (
-        phantom_images(n, size=size, seed=seed, first=k * _FAR) for k, n in enumerate(counts)
-    )
-    return learned, check, held_out
+    make = partial(phantom_images, size=size, seed=seed)
+    return drawn_splits("phantom", make, (train, validation, test))
 
 
-def _phantom(row: int, *, seed: int, first: int, size: int) -> np.ndarray:
+def _phantom(key: Tensor, index: int, *, size: int) -> np.ndarray:
     """[N,N,1] float32 of one phantom."""
-    key = torch.tensor([((seed + 2**63) % 2**64) - 2**63])
-    draws = rng.uniform(key, 66, first + row, rng.PHANTOMS, torch.float64)[0].numpy()
+    draws = rng.uniform(key, 66, index, rng.PHANTOMS, torch.float64)[0].numpy()
     return paint(jitter(2 * draws[:6] - 1, 2 * draws[6:].reshape(10, 6) - 1), size)[..., None]
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import rng
-from .files import ImageSet, Memory, Splits, size_pair
+from .files import ImageSet, Splits, drawn_images, drawn_splits, size_pair
 
 FACES = (
     "DejaVuSans",
@@ -49,7 +50,6 @@ WORDS = tuple(_WORDS.split())
 _SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 _APART = 0.35  # least difference in luma between text and ground, both in [0,1]
-_FAR = 1 << 30  # validation starts here, test at twice this
 
 
 def text_images(
@@ -79,12 +79,8 @@ def text_images(
     Fonts are DejaVu where matplotlib is installed, else the one Pillow carries: other pixels.
     """
     size = size_pair("text_images", size)
-    if count < 0 or first < 0 or first + count > 2**32 or min(size) < 8:
-        came = f"count is {count}, first {first}, size {size}"
-        raise ValueError(f"text_images: {came}; accepted are 0 to 2**32 - 1, size at least 8")
-    names = tuple(f"text-{seed}-{i}" for i in range(first, first + count))
-    read = partial(_render, seed=seed, first=first, size=size)
-    return ImageSet(read, names, size, 3, Memory(memory))
+    shape: dict[str, Any] = {"size": size, "channels": 3, "seed": seed, "first": first}
+    return drawn_images("text", partial(_render, size=size), count, memory=memory, **shape)
 
 
 def text_splits(
@@ -98,21 +94,15 @@ def text_splits(
 
     They are ranges of one sequence, from 0, 2³⁰ and 2³¹. Errors as ``text_images``.
     """
-    counts = (train, validation, test)
-    if max(counts) > _FAR:
-        raise ValueError(f"text_splits: {counts} images; accepted are at most 2**30 each")
-    learn, check, held_out = (
-        text_images(n, size=size, seed=seed, first=k * _FAR) for k, n in enumerate(counts)
-    )
-    return learn, check, held_out
+    make = partial(text_images, size=size, seed=seed)
+    return drawn_splits("text", make, (train, validation, test))
 
 
-def _render(row: int, *, seed: int, first: int, size: tuple[int, int]) -> np.ndarray:
+def _render(key: Tensor, index: int, *, size: tuple[int, int]) -> np.ndarray:
     """[H,W,3] uint8 of one image."""
     from PIL import Image, ImageDraw
 
-    key = torch.tensor([((seed + 2**63) % 2**64) - 2**63])
-    draws = iter(rng.uniform(key, 96, first + row, rng.TEXT, torch.float64)[0].tolist())
+    draws = iter(rng.uniform(key, 96, index, rng.TEXT, torch.float64)[0].tolist())
     H, W = size
     lines = _lines(draws)
     face = int(next(draws) * len(FACES))
