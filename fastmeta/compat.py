@@ -299,6 +299,7 @@ class MetaMLP(nn.Module):
             yield name, p[0]
 
     def meta_parameters(self) -> Iterator[Tensor]:
+        """The parameters themselves, in the order of ``meta_named_parameters``."""
         for _, p in self.meta_named_parameters():
             yield p
 

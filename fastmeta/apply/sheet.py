@@ -56,6 +56,7 @@ def write(
     held_out: Any,
     options: Eval,
 ) -> None:
+    """table.csv, table.md (also where ``--table`` says), scores.json, curve.png and strip.png."""
     kind = module(learned.kind)
     table = [_table_row(row, columns, kind.METRIC) for row in rows]
     write_csv(out / "table.csv", table)

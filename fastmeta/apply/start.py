@@ -36,6 +36,7 @@ class Learned:
 
     @property
     def kind(self) -> str:
+        """The kind of signal it was learned for."""
         return kind_of(self.config.signal)
 
     @property

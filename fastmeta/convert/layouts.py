@@ -91,6 +91,7 @@ def rows_of(op: str, net: MLP, params: Any) -> Tensor:
 
 
 def refused(op: str, layout: str, reasons: list[str]) -> ValueError:
+    """The error that lists why a network does not fit a layout."""
     return ValueError(f"{op}: {layout} cannot represent the network: {'; '.join(reasons)}")
 
 

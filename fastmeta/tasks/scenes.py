@@ -46,6 +46,8 @@ class Described:
 
 @dataclass(frozen=True, eq=False)
 class Source:
+    """Objects of a folder or a .npz before pixels are read, and how to read them."""
+
     names: tuple[str, ...]
     describe: Callable[[int], Described]
     pixels: Callable[[int, Described], list[np.ndarray]]  # V times uint8 [H,W,3 or 4]
@@ -72,6 +74,7 @@ def described(
 
 
 def open_folder(root: Path, options: Views) -> Source:
+    """The objects in a folder of either layout; errors as ``views.open_all``."""
     single = _is_object(root)
     folders = [root.resolve()] if single else sorted(p for p in root.iterdir() if p.is_dir())
     if not any(map(_is_object, folders)):
@@ -182,6 +185,7 @@ def _rgba(image: Any) -> np.ndarray:
 
 
 def open_npz(path: Path, options: Views) -> Source:
+    """The objects in a .npz; errors as ``views.open_all``."""
     arrays = _load_npz(path)
     images, poses, angle = (arrays[key] for key in _ARRAYS[:3])
     n = len(images)
