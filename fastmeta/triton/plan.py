@@ -1,0 +1,198 @@
+"""What is launched for a network: constants, tiles by a written table, buffers and their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import MLP, encoding_tensors
+
+# Bare coordinates up to this number are multiplied in float32; more of them are taken as features.
+BARE = 4
+# Programs that fill a GPU once: an H200 has 132 multiprocessors.
+PROGRAMS = 132
+# Bytes of buffers in a call where max_memory is None.
+DEFAULT_MEMORY = 4 * 2**30
+
+OPERANDS = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def up(n: int, multiple: int) -> int:
+    """n, rounded up to a multiple."""
+    return -(-n // multiple) * multiple
+
+
+def power(n: int, least: int = 1) -> int:
+    """The least power of two not below n and least."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+@dataclass(frozen=True)
+class Constants:
+    """A network in a precision, as the kernels' constants name it."""
+
+    net: MLP
+    mode: str
+
+    @property
+    def encoded(self) -> bool:
+        """Whether the first layer takes features; more than BARE coordinates are features too."""
+        return self.net.encoding is not None or self.net.in_features > BARE
+
+    @property
+    def width(self) -> int:
+        """WP: a power of two to 256, then a multiple of 128."""
+        W = self.net.width
+        return power(W, 16) if W <= 256 else up(W, 128)
+
+    @property
+    def features(self) -> int:
+        """EP, where the first layer takes features."""
+        E = self.net.encoded_features
+        return power(E, 16) if E <= 64 else up(E, 64)
+
+    @property
+    def first(self) -> str:
+        """Precision of a first layer on features: the network's, but fp32 in front of sines."""
+        return "fp32" if self.net.activation == "sine" else self.mode
+
+    @property
+    def thin(self) -> int:
+        """TH: numbers in a tile's thin sums."""
+        net = self.net
+        opening = 0 if self.encoded else net.in_features * net.width
+        return opening + (net.depth - 1) * net.width + (net.width + 1) * net.out_features
+
+    @property
+    def operand(self) -> torch.dtype:
+        return OPERANDS[self.mode]
+
+    def kept(self, real: torch.dtype) -> torch.dtype:
+        """What stays of a pre-activation between the passes; see ``activation.keep``."""
+        if self.net.activation == "sine" and self.mode != "fp32":
+            return torch.int16
+        if self.net.activation in ("relu", "none") and real == torch.float32:
+            return self.operand
+        return real
+
+    def stored(self, real: torch.dtype) -> torch.dtype:
+        """Deltas and tangents between the passes."""
+        return self.operand if real == torch.float32 else real
+
+    def shapes(self) -> dict[str, Any]:
+        """The constants that every kernel takes some of."""
+        net = self.net
+        w0_first, w0 = net.frequencies[0], net.w0
+        if net.activation != "sine":
+            w0_first = w0 = 1.0
+        identity = net.in_features
+        if net.encoding is not None and not net.encoding.include_input:
+            identity = 0
+        return {
+            "D": net.in_features,
+            "DP": power(net.in_features, 2),
+            "E": net.encoded_features,
+            "EP": self.features,
+            "IDENTITY": identity,
+            "W": net.width,
+            "WP": self.width,
+            "L": net.depth,
+            "C": net.out_features,
+            "CP": power(net.out_features, 16),
+            "ACT": net.activation,
+            "OUT": net.output,
+            "W0_FIRST": float(w0_first),
+            "W0": float(w0),
+            "SHIFT": float(net.output_shift),
+            "MODE": self.mode,
+            "FIRST": self.first,
+            "ENCODED": self.encoded,
+        }
+
+
+@lru_cache(maxsize=64)
+def basis(net: MLP, features: int, device: torch.device, dtype: torch.dtype) -> tuple:
+    """(B [D,EP], φ [EP]) with the coordinates themselves in front where they are features, zero
+    where there are none."""
+    D = net.in_features
+    B, phi = torch.zeros(D, features, dtype=dtype), torch.zeros(features, dtype=dtype)
+    at = 0
+    if net.encoding is None or net.encoding.include_input:
+        B[:, :D] = torch.eye(D, dtype=dtype)
+        at = D
+    if net.encoding is not None:
+        own, phase = encoding_tensors(net.encoding, torch.device("cpu"), dtype)
+        B[:, at : at + own.shape[1]], phi[at : at + own.shape[1]] = own, phase
+    return B.to(device), phi.to(device)
+
+
+# Tiles ---
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Points, columns and depth of a block, warps, and stages of loads in flight."""
+
+    points: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def stream_tile(c: Constants, dual: bool) -> Tile:
+    """Of ``ahead`` and ``back``: accumulators of points × columns, twice where dual."""
+    WP = c.width
+    wide = c.mode in ("fp16", "bf16")
+    if WP <= 32:
+        return Tile(64, WP, WP, 4, 2)
+    if WP == 64:
+        return Tile(64, 64, 64 if wide else 32, 4, 2)
+    columns = 128 if WP % 256 or dual or not wide else 256
+    return Tile(128 if wide and not dual else 64, columns, 64 if wide else 32, 8, 3 if wide else 2)
+
+
+def weigh_tile(c: Constants, features: bool, both: bool) -> Tile:
+    """Of ``weigh``: blocks of (columns below: in, points: out) over ``depth`` points a turn."""
+    wide = c.mode in ("fp16", "bf16")
+    inner = c.features if features else c.width
+    out = min(c.width, 128 if wide and not both else 64)
+    columns = min(inner, 128) if inner % 128 == 0 or inner < 128 else 64
+    return Tile(out, columns, 64 if wide else 32, 8 if out * columns >= 128 * 64 else 4, 2)
+
+
+# Memory ---
+
+
+def row_bytes(c: Constants, real: torch.dtype, dual: bool, keep: bool = True) -> int:
+    """Bytes of buffers a point needs."""
+    layers = c.net.depth - 1 if keep else min(2, c.net.depth - 1)
+    size = c.kept(real).itemsize * layers * c.width
+    if keep:
+        size += c.stored(real).itemsize * layers * c.width
+    if dual:
+        size += c.stored(real).itemsize * layers * c.width * (2 if keep else 1)
+    return size + real.itemsize * (4 if dual else 2) * 2 * c.net.out_features
+
+
+def chunks(tasks: int, per_task: int, budget: int | None) -> Iterator[slice]:
+    """Tasks that fit the budget at a time; always one at least."""
+    fit = max(1, (DEFAULT_MEMORY if budget is None else budget) // max(per_task, 1))
+    count = -(-tasks // fit)
+    size = -(-tasks // count)  # equal chunks
+    for start in range(0, tasks, size):
+        yield slice(start, min(start + size, tasks))
+
+
+def empty(like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)

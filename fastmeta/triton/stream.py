@@ -1,0 +1,397 @@
+"""Buffers and launches of one network on T tasks of N points: the streamed kernels in order.
+
+``forward`` fills y; ``backward`` takes ȳ or a loss and leaves partial sums; ``gradient`` adds them
+up, ``advance`` makes the rule's step of them. Plain, or dual along v and ẋ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import mlp, plan, step
+from .launch import launch
+from .plan import Constants, empty, up
+
+_REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
+_BLOCK = 512  # parameters a program of gather, advance and shade owns
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Padded operands of parameters: hidden [T or 1,L−2,WP,WP], first [T or 1,WP,EP]."""
+
+    hidden: Tensor
+    first: Tensor
+
+    @classmethod
+    def empty(cls, c: Constants, rows: int, like: Tensor) -> Operands:
+        """Zero: the padding is never written."""
+        real = like.dtype
+        hidden = c.operand if real == torch.float32 else real
+        first = plan.OPERANDS[c.first] if real == torch.float32 else real
+        L, WP = c.net.depth, c.width
+        opening = WP * c.features if c.encoded else 1
+        return cls(
+            torch.zeros(rows, max(1, (L - 2) * WP * WP), dtype=hidden, device=like.device),
+            torch.zeros(rows, opening, dtype=first, device=like.device),
+        )
+
+
+def stride(rows: Tensor) -> int:
+    """Elements from a task's row to the next; 0 where one row serves all."""
+    return rows.stride(0) if rows.shape[0] > 1 else 0
+
+
+@lru_cache(maxsize=32)
+def ones(tasks: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[T], never written to."""
+    return torch.ones(tasks, dtype=dtype, device=device)
+
+
+def shade(c: Constants, params: Tensor, out: Operands, scale: Tensor | None = None) -> Operands:
+    """``out`` becomes the operands of params [T or 1,P], times scale [T] where there is one."""
+    rows, P = params.shape
+    blocks = -(-P // _BLOCK)
+    keys = ("E", "EP", "W", "WP", "L", "MODE", "FIRST", "ENCODED")
+    launch(
+        step.shade,
+        (rows * blocks,),
+        {
+            "params": params,
+            "scale": params if scale is None else scale,
+            "shadow": out.hidden,
+            "first": out.first,
+            "P": P,
+            "p_stride": stride(params),
+            "s_size": out.hidden.shape[1],
+            "blocks": blocks,
+        },
+        {k: c.shapes()[k] for k in keys} | {"SCALED": scale is not None, "BP": _BLOCK},
+    )
+    return out
+
+
+class Stream:
+    """T tasks of N points through one network.
+
+    Args:
+        c: the network in a precision.
+        tasks, points: T, N.
+        like: a tensor of the dtype and device of everything.
+        dual: with tangents.
+        keep: what the way back needs is kept; else two layers at a time.
+        grad: in a dual pass, the gradient too, not the Hessian-vector product alone.
+        tangent_x: coordinates have tangents.
+        want_x: x̄ is wanted.
+    """
+
+    def __init__(
+        self,
+        c: Constants,
+        tasks: int,
+        points: int,
+        like: Tensor,
+        *,
+        dual: bool = False,
+        keep: bool = True,
+        grad: bool = True,
+        tangent_x: bool = False,
+        want_x: bool = False,
+    ) -> None:
+        self.c, self.T, self.N, self.like, self.dual, self.keep = c, tasks, points, like, dual, keep
+        self.grad, self.tangent_x, self.want_x = grad or not dual, tangent_x, want_x
+        self.tile = plan.stream_tile(c, dual)
+        real, L, WP, C = like.dtype, c.net.depth, c.width, c.net.out_features
+        self.tiles = -(-points // self.tile.points)
+        self.NP = self.tiles * self.tile.points
+        if self.NP * WP >= 2**31:
+            raise ValueError(
+                f"triton: {points} points a task at width {c.net.width}; accepted are "
+                f"{2**31 // WP} at most"
+            )
+        self.slots = L - 1 if keep else min(2, L - 1)
+        self.basis, self.phi = (
+            plan.basis(c.net, c.features, like.device, real) if c.encoded else (like, like)
+        )
+        one = ones(tasks, like.device, real)
+        self.scale, self.v_scale = one, one
+
+        def pair(dtype: torch.dtype, *shape: int, wanted: bool = True) -> tuple[Tensor, Tensor]:
+            value = empty(like, dtype, *shape) if wanted else like
+            return value, empty(like, dtype, *shape) if wanted and dual else value
+
+        rows = (tasks, self.slots, self.NP, WP)
+        self.kept = empty(like, c.kept(real), *rows)
+        self.dkept = empty(like, c.stored(real), *rows) if dual else self.kept
+        self.z, self.dz = pair(real, tasks, points, C)
+        self.y, self.dy = pair(real, tasks, points, C)
+        if not keep:
+            return
+        self.delta, self.ddelta = pair(c.stored(real), tasks, L - 1, self.NP, WP)
+        self.thin, self.dthin = pair(real, tasks, self.tiles, c.thin)
+        self.gx, self.dgx = pair(real, tasks, points, c.net.in_features, wanted=want_x)
+        self.losses = empty(like, real, tasks, self.tiles)
+        self.hidden = _Weigher(self, False) if L > 2 else None
+        self.opening = _Weigher(self, True) if c.encoded else None
+
+    # one call after the other
+
+    def forward(
+        self,
+        params: Tensor,
+        operands: Operands,
+        x: Tensor,
+        v: Tensor | None = None,
+        dual_operands: Operands | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """y [T,N,C], which stays in ``self.y`` (its tangent in ``self.dy``)."""
+        self.params, self.operands, self.x = params, operands, x
+        self.v = params if v is None else v
+        self.dual_operands = operands if dual_operands is None else dual_operands
+        self.w = x if w is None else w
+        args, consts = self._common()
+        args |= {"z_out": self.z, "dz_out": self.dz, "y_out": self.y, "dy_out": self.dy}
+        launch(
+            mlp.ahead,
+            (self.T * self.tiles,),
+            args,
+            {k: v for k, v in consts.items() if k != "DP"} | {"SLOTS": self.slots},
+            warps=self.tile.warps,
+            stages=self.tile.stages,
+        )
+        return self.y
+
+    def backward(
+        self,
+        given: Tensor,
+        tangent: Tensor | None = None,
+        *,
+        loss: tuple[str, float | None] | None = None,
+        counts: Tensor | None = None,
+        chain: bool = True,
+    ) -> None:
+        """From ȳ [T,N,C] (and its tangent), or from the targets of a loss over counts [T] points:
+        partial sums; the loss's parts in ``self.losses`` [T,tiles]."""
+        args, consts = self._common()
+        kind, clamp = (None, None) if loss is None else loss
+        args |= {
+            "z_in": self.z,
+            "dz_in": self.dz,
+            "given": given,
+            "dgiven": given if tangent is None else tangent,
+            "counts": given if counts is None else counts,
+            "scale": self.scale,
+            "losses": self.losses,
+            "delta": self.delta,
+            "ddelta": self.ddelta,
+            "thin": self.thin,
+            "dthin": self.dthin,
+            "gx": self.gx,
+            "dgx": self.dgx,
+        }
+        consts |= {
+            "TH": self.c.thin,
+            "LOSS": kind,
+            "CLAMP": clamp,
+            "GDUAL": tangent is not None,
+            "CHAIN": chain,
+            "WANT_X": self.want_x,
+        }
+        launch(
+            mlp.back,
+            (self.T * self.tiles,),
+            args,
+            consts,
+            warps=self.tile.warps,
+            stages=self.tile.stages,
+        )
+        if chain:
+            for weigher in (self.hidden, self.opening):
+                if weigher is not None:
+                    weigher.run()
+
+    def _common(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        args = {
+            "params": self.params,
+            "dparams": self.v,
+            "shadow": self.operands.hidden,
+            "dshadow": self.dual_operands.hidden,
+            "first": self.operands.first,
+            "dfirst": self.dual_operands.first,
+            "x": self.x,
+            "dx": self.w,
+            "basis": self.basis,
+            "phi": self.phi,
+            "kept": self.kept,
+            "dkept": self.dkept,
+            "v_scale": self.v_scale,
+            "N": self.N,
+            "NP": self.NP,
+            "tiles": self.tiles,
+            "p_stride": stride(self.params),
+            "v_stride": stride(self.v),
+            "s_stride": stride(self.operands.hidden),
+            "ds_stride": stride(self.dual_operands.hidden),
+            "f_stride": stride(self.operands.first),
+            "df_stride": stride(self.dual_operands.first),
+            "x_stride": stride(self.x),
+        }
+        consts = self.c.shapes() | {
+            "DUAL": self.dual,
+            "XDUAL": self.tangent_x,
+            "BM": self.tile.points,
+            "BN": self.tile.columns,
+            "BK": self.tile.depth,
+            "BE": min(self.tile.depth, self.c.features),
+        }
+        return args, consts
+
+    def _sums(self, dual: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Partial sums as ``gather`` and ``advance`` take them."""
+        P = self.c.net.num_params
+
+        def part(weigher: _Weigher | None) -> tuple[Tensor, int]:
+            if weigher is None:
+                return self.thin, 1
+            return (weigher.dpart if dual else weigher.part), weigher.splits
+
+        (hidden, splits), (opening, first_splits) = part(self.hidden), part(self.opening)
+        args = {
+            "part": hidden,
+            "first_part": opening,
+            "thin": self.dthin if dual else self.thin,
+            "scale": self.scale,
+            "P": P,
+            "tiles": self.tiles,
+            "splits": splits,
+            "first_splits": first_splits,
+            "blocks": -(-P // _BLOCK),
+        }
+        keys = ("D", "E", "EP", "W", "WP", "L", "ENCODED")
+        return args, {k: self.c.shapes()[k] for k in keys} | {"BP": _BLOCK}
+
+    def gradient(self, out: Tensor, *, tangent: bool = False, start: Tensor | None = None) -> Tensor:
+        """out [T,P]: the gradient, or its tangent, plus start where there is one."""
+        args, consts = self._sums(tangent)
+        args |= {
+            "v_scale": self.v_scale,
+            "start": out if start is None else start,
+            "out": out,
+        }
+        launch(
+            step.gather,
+            (self.T * args["blocks"],),
+            args,
+            consts | {"DUAL": tangent, "ADD": start is not None},
+        )
+        return out
+
+    def advance(
+        self,
+        rule: Any,
+        theta: Tensor,
+        lr: Tensor,
+        coefficients: Tensor,
+        before: tuple[Tensor, ...],
+        after: tuple[Tensor, ...],
+        out: Tensor,
+        operands: Operands,
+        update: Tensor | None = None,
+    ) -> None:
+        """out [T,P] = θ − α ⊙ u of this gradient; operands become those of out. lr [T,P] is a view;
+        before and after are the rule's state."""
+        args, consts = self._sums(False)
+        name = {"meta_sgd": "sgd"}.get(rule.name, rule.name)
+        m_in, v_in = (*before, out, out)[:2]
+        m_out, v_out = (*after, out, out)[:2]
+        args |= {
+            "theta": theta,
+            "lr": lr,
+            "coefficients": coefficients,
+            "m_in": m_in,
+            "v_in": v_in,
+            "m_out": m_out,
+            "v_out": v_out,
+            "u_out": out if update is None else update,
+            "next_theta": out,
+            "shadow": operands.hidden,
+            "first": operands.first,
+            "p_stride": stride(theta),
+            "lr_task": lr.stride(0),
+            "lr_param": lr.stride(1),
+            "s_size": operands.hidden.shape[1],
+        }
+        consts |= {
+            "MODE": self.c.mode,
+            "FIRST": self.c.first,
+            "RULE": name,
+            "NESTEROV": bool(getattr(rule, "nesterov", False)),
+            "KEEP": update is not None,
+        }
+        launch(step.advance, (self.T * args["blocks"],), args, consts)
+
+
+class _Weigher:
+    """The weight gradient of the hidden layers, or of an encoded first layer."""
+
+    def __init__(self, stream: Stream, features: bool) -> None:
+        self.stream, self.features = stream, features
+        c, T = stream.c, stream.T
+        self.tile = plan.weigh_tile(c, features, stream.dual and stream.grad)
+        inner, layers = (c.features, 1) if features else (c.width, c.net.depth - 2)
+        blocks = T * layers * (c.width // self.tile.points) * (inner // self.tile.columns)
+        turns = -(-stream.NP // self.tile.depth)
+        self.splits = max(1, min(-(-2 * plan.PROGRAMS // blocks), turns // 4))
+        self.rows = up(-(-stream.NP // self.splits), self.tile.depth)
+        self.splits = -(-stream.NP // self.rows)
+        self.grid = (blocks * self.splits,)
+        shape = (T, self.splits, layers, c.width, inner)
+        real = stream.like.dtype
+        self.part = empty(stream.like, real, *shape) if stream.grad else stream.like
+        self.dpart = empty(stream.like, real, *shape) if stream.dual else self.part
+
+    def run(self) -> None:
+        s, c = self.stream, self.stream.c
+        keys = ("D", "EP", "IDENTITY", "WP", "L", "ACT", "W0_FIRST", "W0", "MODE", "FIRST")
+        launch(
+            step.weigh,
+            self.grid,
+            {
+                "kept": s.kept,
+                "dkept": s.dkept,
+                "delta": s.delta,
+                "ddelta": s.ddelta,
+                "x": s.x,
+                "dx": s.w,
+                "basis": s.basis,
+                "phi": s.phi,
+                "part": self.part,
+                "dpart": self.dpart,
+                "v_scale": s.v_scale,
+                "N": s.N,
+                "NP": s.NP,
+                "splits": self.splits,
+                "rows": self.rows,
+                "x_stride": stride(s.x),
+            },
+            {k: c.shapes()[k] for k in keys}
+            | {
+                "FEATURES": self.features,
+                "DUAL": s.dual,
+                "XDUAL": s.tangent_x and self.features,
+                "GRAD": s.grad,
+                "REAL": _REAL[s.like.dtype],
+                "BO": self.tile.points,
+                "BI": self.tile.columns,
+                "BR": self.tile.depth,
+            },
+            warps=self.tile.warps,
+            stages=self.tile.stages,
+        )
