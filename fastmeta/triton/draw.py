@@ -8,7 +8,7 @@ The numbers are those of ``fastmeta.rng``: Philox4x32-10, key = the task's seed,
 step, stream, 0), first word. Indices and jitter are the same bits on every worker; t and x are
 rounded once less where the compiler fuses a product with a sum.
 
-One launch. A program owns 128 points of one task (columns padded to a power of two), or 16 rays,
+One launch. A program owns 128 points of one task (columns padded to a power of two), or 8 rays,
 whose samples it walks 128 at a time. Nothing is kept, nothing is summed.
 """
 
@@ -30,7 +30,7 @@ _POINTS = tl.constexpr(rng.POINTS)
 _JITTER = tl.constexpr(rng.JITTER)
 
 POINTS_TILE = 128
-RAYS_TILE, SAMPLES_TILE = 16, 128
+RAYS_TILE, SAMPLES_TILE = 8, 128
 
 
 class Drawn(NamedTuple):

@@ -127,6 +127,7 @@ def ahead(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BE: tl.constexpr,
+    BL: tl.constexpr,
 ):
     """``y = out(z_L) + shift``, ``z_l = W_l h_{l-1} + b_l``; one program: BM points of one task."""
     REAL: tl.constexpr = params.dtype.element_ty
@@ -232,8 +233,8 @@ def ahead(
     shown = c < C
     z = tl.zeros((BM, CP), REAL)
     dz = tl.zeros((BM, CP), REAL)
-    for k0 in range(0, WP, BK):
-        k = k0 + tl.arange(0, BK)
+    for k0 in range(0, WP, BL):
+        k = k0 + tl.arange(0, BL)
         col = r[:, None] * WP + k[None, :]
         kz = loaded(tl.load(kept + src + col), MODE)
         kdz = kz
@@ -328,6 +329,7 @@ def back(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BE: tl.constexpr,
+    BL: tl.constexpr,
 ):
     """``δ_l = φ'(z_l) h̄_l``, ``h̄_{l-1} = W_lᵀ δ_l`` from ȳ or a loss; one program: BM points of one
     task. Thin sums over its points: W̄ of a first layer on bare coordinates and of the last, b̄ of
@@ -344,30 +346,30 @@ def back(
         vs = tl.load(v_scale + t)
 
     # δ of the last layer
-    where = (t * N + m * BM + r)[:, None] * C + c[None, :]
-    there = real[:, None] & shown[None, :]
-    z = tl.load(z_in + where, mask=there, other=0.0)
+    place = (t * N + m * BM + r)[:, None] * C + c[None, :]
+    valid = real[:, None] & shown[None, :]
+    z = tl.load(z_in + place, mask=valid, other=0.0)
     dz = z
     if DUAL:
-        dz = tl.load(dz_in + where, mask=there, other=0.0)
-    y, slope = activate(z, dz, OUT, 1.0, "fp32", REAL, DUAL)
-    g = tl.load(given + where, mask=there, other=0.0)
+        dz = tl.load(dz_in + place, mask=valid, other=0.0)
+    y, rise = activate(z, dz, OUT, 1.0, "fp32", REAL, DUAL)
+    ybar = tl.load(given + place, mask=valid, other=0.0)
     if LOSS is None:
         dg = tl.zeros((BM, CP), REAL)
         if GDUAL:
-            dg = tl.load(dgiven + where, mask=there, other=0.0)
-        gy = (g, dg)
+            dg = tl.load(dgiven + place, mask=valid, other=0.0)
+        gy = (ybar, dg)
     else:
         count = tl.load(counts + t)
-        there = there & (m * BM + r < count)[:, None]
+        valid = valid & (m * BM + r < count)[:, None]
         inverse = 1.0 / (count * C).to(REAL)
-        value, turn = loss_slope((y[0] + SHIFT, y[1]), g, LOSS, CLAMP, DUAL)
-        part = tl.sum(tl.sum(tl.where(there, value, 0.0), 1), 0) * inverse
+        value, turn = loss_slope((y[0] + SHIFT, y[1]), ybar, LOSS, CLAMP, DUAL)
+        part = tl.sum(tl.sum(tl.where(valid, value, 0.0), 1), 0) * inverse
         tl.store(losses + t * tiles + m, part)
-        gy = (tl.where(there, turn[0] * inverse, 0.0), tl.where(there, turn[1] * inverse, 0.0))
+        gy = (tl.where(valid, turn[0] * inverse, 0.0), tl.where(valid, turn[1] * inverse, 0.0))
     if CHAIN:
         big = tl.load(scale + t)
-        dl = mul(slope, (gy[0] * big, gy[1] * big), DUAL)
+        dl = mul(rise, (gy[0] * big, gy[1] * big), DUAL)
         params += t * p_stride
         shadow += t * s_stride
         first += t * f_stride
@@ -390,8 +392,8 @@ def back(
         # through the last layer
         src = at + (L - 2) * layer
         w0 = _w0(L - 2, W0_FIRST, W0)
-        for n0 in range(0, WP, BN):
-            n = n0 + tl.arange(0, BN)
+        for n0 in range(0, WP, BL):
+            n = n0 + tl.arange(0, BL)
             where = r[:, None] * WP + n[None, :]
             kz = loaded(tl.load(kept + src + where), MODE)
             kdz = kz
@@ -399,18 +401,18 @@ def back(
                 kdz = loaded(tl.load(dkept + src + where), MODE).to(REAL)
             h, slope = activate(kz, kdz, ACT, w0, MODE, REAL, DUAL)
             entry = c[:, None] * W + n[None, :]
-            there = shown[:, None] & (n < W)[None, :]
-            w = tl.load(params + last + entry, mask=there, other=0.0)  # [CP,BN]
-            gw = dot(tl.trans(dl[0]), h[0], tl.zeros((CP, BN), REAL), "fp32")
-            tl.store(thin + thin_last + entry, gw, mask=there)
-            gh = dot(dl[0], w, tl.zeros((BM, BN), REAL), "fp32")
+            inside = shown[:, None] & (n < W)[None, :]
+            w = tl.load(params + last + entry, mask=inside, other=0.0)  # [CP,BL]
+            gw = dot(tl.trans(dl[0]), h[0], tl.zeros((CP, BL), REAL), "fp32")
+            tl.store(thin + thin_last + entry, gw, mask=inside)
+            gh = dot(dl[0], w, tl.zeros((BM, BL), REAL), "fp32")
             dgh = gh
             if DUAL:
-                dw = tl.load(dparams + last + entry, mask=there, other=0.0) * vs
-                dgw = dot(tl.trans(dl[1]), h[0], tl.zeros((CP, BN), REAL), "fp32")
+                dw = tl.load(dparams + last + entry, mask=inside, other=0.0) * vs
+                dgw = dot(tl.trans(dl[1]), h[0], tl.zeros((CP, BL), REAL), "fp32")
                 dgw = dot(tl.trans(dl[0]), h[1], dgw, "fp32")
-                tl.store(dthin + thin_last + entry, dgw, mask=there)
-                dgh = dot(dl[1], w, tl.zeros((BM, BN), REAL), "fp32")
+                tl.store(dthin + thin_last + entry, dgw, mask=inside)
+                dgh = dot(dl[1], w, tl.zeros((BM, BL), REAL), "fp32")
                 dgh = dot(dl[0], dw, dgh, "fp32")
             de = mul(slope, (gh, dgh), DUAL)
             _delta_out(

@@ -141,25 +141,31 @@ def basis(net: MLP, features: int, device: torch.device, dtype: torch.dtype) -> 
 
 @dataclass(frozen=True)
 class Tile:
-    """Points, columns and depth of a block, warps, and stages of loads in flight."""
+    """Points, columns and depth of a block, warps, stages of loads in flight, and columns at a time
+    beside the last layer."""
 
     points: int
     columns: int
     depth: int
     warps: int
     stages: int
+    last: int = 32
 
 
-def stream_tile(c: Constants, dual: bool) -> Tile:
-    """Of ``ahead`` and ``back``: accumulators of points × columns, twice where dual."""
+def stream_tiles(c: Constants, dual: bool) -> tuple[Tile, Tile]:
+    """Of ``ahead`` and ``back``: the same points; accumulators of points × columns, twice where
+    dual."""
     WP = c.width
     wide = c.mode in ("fp16", "bf16")
     if WP <= 32:
-        return Tile(64, WP, WP, 4, 2)
+        return Tile(64, WP, WP, 4, 2), Tile(64, WP, WP, 4, 2)
     if WP == 64:
-        return Tile(64, 64, 64 if wide else 32, 4, 2)
+        depth = 64 if wide else 32
+        return Tile(64, 64, depth, 4, 2), Tile(64, 64, depth, 4, 2)
+    points, depth = (128 if wide and not dual else 64), (64 if wide else 32)
     columns = 128 if WP % 256 or dual or not wide else 256
-    return Tile(128 if wide and not dual else 64, columns, 64 if wide else 32, 8, 3 if wide else 2)
+    stages = 3 if wide else 2
+    return Tile(points, columns, depth, 8, stages), Tile(points, 128, depth, 8, stages)
 
 
 def weigh_tile(c: Constants, features: bool, both: bool) -> Tile:

@@ -391,13 +391,12 @@ def _put_back(
             dfirst = tl.sum(tl.where(begins, d, 0.0), 1)
             d += before(gdelta[1], tl.zeros(d.shape, d.dtype))
             dlast = tl.sum(tl.where(ends, gdelta[1], 0.0), 1)
-        wanted = mask & ((s > start) | (start == 0))
+        wanted = mask & ((s > start) | (s == 0))
         _put(gt, dgt, at, wanted, (v, d), VALUE, DUAL)
         if WIDTH < S:
-            behind = row * S + start + WIDTH
-            wanted = kept & (start + WIDTH < S)
+            following = row * 0 + start + WIDTH
             held = add(pending, (last, dlast), DUAL)
-            _put(gt, dgt, behind, wanted, held, VALUE, DUAL)
+            _put(gt, dgt, row * S + following, kept & (following < S), held, VALUE, DUAL)
         pending = (first, dfirst)
     return pending
 

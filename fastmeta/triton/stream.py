@@ -106,10 +106,10 @@ class Stream:
     ) -> None:
         self.c, self.T, self.N, self.like, self.dual, self.keep = c, tasks, points, like, dual, keep
         self.grad, self.tangent_x, self.want_x = grad or not dual, tangent_x, want_x
-        self.tile = plan.stream_tile(c, dual)
+        self.ahead, self.back = plan.stream_tiles(c, dual)
         real, L, WP, C = like.dtype, c.net.depth, c.width, c.net.out_features
-        self.tiles = -(-points // self.tile.points)
-        self.NP = self.tiles * self.tile.points
+        self.tiles = -(-points // self.ahead.points)
+        self.NP = self.tiles * self.ahead.points
         if self.NP * WP >= 2**31:
             raise ValueError(
                 f"triton: {points} points a task at width {c.net.width}; accepted are "
@@ -156,15 +156,15 @@ class Stream:
         self.v = params if v is None else v
         self.dual_operands = operands if dual_operands is None else dual_operands
         self.w = x if w is None else w
-        args, consts = self._common()
+        args, consts = self._common(self.ahead)
         args |= {"z_out": self.z, "dz_out": self.dz, "y_out": self.y, "dy_out": self.dy}
         launch(
             mlp.ahead,
             (self.T * self.tiles,),
             args,
             {k: v for k, v in consts.items() if k != "DP"} | {"SLOTS": self.slots},
-            warps=self.tile.warps,
-            stages=self.tile.stages,
+            warps=self.ahead.warps,
+            stages=self.ahead.stages,
         )
         return self.y
 
@@ -179,7 +179,7 @@ class Stream:
     ) -> None:
         """From ȳ [T,N,C] (and its tangent), or from the targets of a loss over counts [T] points:
         partial sums; the loss's parts in ``self.losses`` [T,tiles]."""
-        args, consts = self._common()
+        args, consts = self._common(self.back)
         kind, clamp = (None, None) if loss is None else loss
         args |= {
             "z_in": self.z,
@@ -209,15 +209,15 @@ class Stream:
             (self.T * self.tiles,),
             args,
             consts,
-            warps=self.tile.warps,
-            stages=self.tile.stages,
+            warps=self.back.warps,
+            stages=self.back.stages,
         )
         if chain:
             for weigher in (self.hidden, self.opening):
                 if weigher is not None:
                     weigher.run()
 
-    def _common(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _common(self, tile: plan.Tile) -> tuple[dict[str, Any], dict[str, Any]]:
         args = {
             "params": self.params,
             "dparams": self.v,
@@ -246,10 +246,11 @@ class Stream:
         consts = self.c.shapes() | {
             "DUAL": self.dual,
             "XDUAL": self.tangent_x,
-            "BM": self.tile.points,
-            "BN": self.tile.columns,
-            "BK": self.tile.depth,
-            "BE": min(self.tile.depth, self.c.features),
+            "BM": tile.points,
+            "BN": tile.columns,
+            "BK": tile.depth,
+            "BE": min(tile.depth, self.c.features),
+            "BL": min(tile.last, self.c.width),
         }
         return args, consts
 
