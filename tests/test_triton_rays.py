@@ -70,7 +70,9 @@ def as_good(got: Tensor, plain: Tensor, truth: Tensor, scale: float = 0.0) -> No
     assert got.dtype == torch.float32 and torch.isfinite(got).all()
     ours, theirs = (float((v.double() - truth).norm()) for v in (got, plain))
     rounding = EPS32 * max(float(truth.norm()), scale)
-    assert ours <= 2 * theirs + rounding, f"error {ours:.3g}, reference {theirs:.3g} + {rounding:.3g}"
+    assert ours <= 2 * theirs + rounding, (
+        f"error {ours:.3g}, reference {theirs:.3g} + {rounding:.3g}"
+    )
 
 
 # Compositing ---
@@ -94,17 +96,29 @@ def bars(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def cancelling(raw, t, march, vraw, vt, g) -> dict[int, float]:
+    """How large the terms are that cancel in aċc (output 7), which is 0 where α_S = 1, and in t̄̇
+    (output 9): ``Σ |ẇ|``, and the tangent of ``s T e w̄``, from which the later samples' part is
+    taken."""
+    b = reference.Dual(t, vt)
+    *_, m = reference.composite_forward(reference.Dual(raw, vraw), b, march)
+    gw = (g[0][..., None, :] * (m.colour - float(march.white_background))).sum(-1)
+    gw = gw + g[1][..., None] * b + g[2][..., None]
+    own = m.density * (m.T * m.e * gw)
+    return {7: float(m.w.d.abs().sum(-1).norm()), 9: float(own.d[..., :-1].norm())}
+
+
 def single(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(v.float() for v in tensors)
 
 
 @pytest.mark.parametrize("density", ["relu", "softplus"])
-@pytest.mark.parametrize("samples", [2, 5, 33, 64, 100, 128, 512, 600, 1100])
+@pytest.mark.parametrize("samples", [2, 5, 33, 64, 100, 128, 200, 600])
 def test_composite_and_its_adjoint_plain_and_dual(samples, density):
     shape = (2, 9) if samples < 100 else (3,)
     raw, t, vraw, vt = rays(samples, density, *shape)
     g = bars(*shape)
-    for last, white in CASES[: 4 if samples < 500 else 2]:
+    for last, white in CASES[: 4 if samples < 100 else 2]:
         march = fm.March(samples, last, white, density)
         got = (
             *render.composite(raw, t, march),
@@ -116,10 +130,9 @@ def test_composite_and_its_adjoint_plain_and_dual(samples, density):
             *reference.composite_grad(raw, t, march, *g),
             *reference.composite_dual(raw, t, march, vraw, vt, *g),
         )
-        # ẇ of a ray is Σ of terms as large as those of dėpth, which cancel in aċc where α_S = 1
-        scale = float(want[6].norm())
-        for a, b in zip(got, want, strict=True):
-            close(a, b, scale if b is want[7] else 0.0)
+        scales = cancelling(raw, t, march, vraw, vt, g)
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            close(a, b, scales.get(i, 0.0))
 
 
 @pytest.mark.parametrize("density", ["relu", "softplus"])
@@ -145,9 +158,9 @@ def test_composite_in_float32(samples, density):
                     *worker.composite_dual(a, b, march, va, vb, *h),
                 )
             )
-        scale = float(results[2][6].norm())
+        scales = cancelling(*wide[:2], march, *wide[2:4], wide[4:])
         for i, (ours, plain, truth) in enumerate(zip(*results, strict=True)):
-            as_good(ours, plain, truth, scale if i == 7 else 0.0)
+            as_good(ours, plain, truth, scales.get(i, 0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -165,7 +178,9 @@ def test_dead_dense_and_far(dtype):
     g = (torch.ones(4, 3, dtype=dtype), 0 * ones, ones)
     rgb, depth, acc = render.composite(raw, t, march)
     assert rgb[1].eq(0).all() and depth[1] == 0 and acc[1] == 0
-    assert rgb[2].eq(1).all() and acc[2:].eq(1).all() and rgb[3].eq(0).all()
+    shown = reference.composite(raw, t, march)
+    for got, want in zip((rgb, depth, acc), shown, strict=True):
+        assert float((got - want).abs().max()) <= 2 * torch.finfo(dtype).eps
     graw, gt = render.composite_grad(raw, t, march, *g)
     assert torch.isfinite(graw).all() and torch.isfinite(gt).all()
     assert graw[1, :, 3].eq(0).all() and graw[0, -1, 3] > 1e9
@@ -176,7 +191,7 @@ def test_dead_dense_and_far(dtype):
     want = reference.composite_dual(raw, t, march, v, 0 * t, *g)[3]
     assert error(dual[3], want) < (1e-12 if dtype == torch.float64 else 4 * EPS32)
     shown = render.composite(raw[1:2], t[1:2], fm.March(4))
-    assert shown[0].eq(1).all() and shown[1] == 0 and shown[2] == 0
+    assert shown[0].eq(1).all() and shown[1].eq(0).all() and shown[2].eq(0).all()
 
 
 @pytest.mark.parametrize("tau", [1e-12, 1e-9, 1e-7, 3e-4, 0.3, 3.0, 60.0, 86.9, 87.1, 1e4])
@@ -199,7 +214,7 @@ def test_opacity_and_softplus_keep_their_relative_precision(tau):
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("counts", [None, [1, 7, 9]])
-@pytest.mark.parametrize(("samples", "rays_"), [(5, 150), (100, 9), (600, 9)])
+@pytest.mark.parametrize(("samples", "rays_"), [(5, 150), (100, 9), (300, 9)])
 def test_march_loss_and_adjoint_in_one_launch(kind, counts, samples, rays_):
     T, R = 3, rays_
     raw, t, draw_, _ = rays(samples, "relu", T, R)
@@ -233,9 +248,7 @@ def by_reference(raw, t, y, march, kind, counts, v):
     valid = None if counts is None else torch.arange(R) < counts[:, None]
     number = torch.full((T,), R, dtype=raw.dtype) if counts is None else counts.to(raw.dtype)
     if valid is not None:
-        raw, t, y = (
-            torch.where(valid.view(T, R, *[1] * (q.dim() - 2)), q, 0) for q in (raw, t, y)
-        )
+        raw, t, y = (torch.where(valid.view(T, R, *[1] * (q.dim() - 2)), q, 0) for q in (raw, t, y))
         v = None if v is None else torch.where(valid[..., None, None], v, 0)
     x = raw if v is None else reference.Dual(raw, v)
     rgb, _, acc, tape = reference.composite_forward(x, t, march)

@@ -157,7 +157,7 @@ def draw_rays(
     BLOCK: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """t and ``x = o + t d`` of RAYS rays of one task, BLOCK samples at a time, and their targets."""
+    """t and ``x = o + t d`` of RAYS rays of one task, BLOCK samples at a time, and targets."""
     task = (tl.program_id(0) // blocks).to(tl.int64)
     own = (tl.program_id(0) % blocks) * RAYS + tl.arange(0, RAYS)
     inside = own < drawn
@@ -172,9 +172,7 @@ def draw_rays(
     index = _source(key, own, count, step, DRAWN)
     filled = inside & (index < count)
     if DRAWN or COUNTS:
-        _copy_rows(
-            to_y + task * drawn * 3, y + task * y_stride, index, own, filled, inside, 3, 4
-        )
+        _copy_rows(to_y + task * drawn * 3, y + task * y_stride, index, own, filled, inside, 3, 4)
     at = index.to(tl.int64) * 3
     origins += task * o_stride
     directions += task * d_stride

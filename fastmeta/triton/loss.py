@@ -31,9 +31,8 @@ def loss_slope(y, target, KIND: tl.constexpr, CLAMP: tl.constexpr, DUAL: tl.cons
         if DUAL:
             tangent = 2.0 * y[1]
     else:
-        if CLAMP is None:
-            difference = a - target
-        else:
+        difference = a - target
+        if CLAMP is not None:
             difference = _clip(a, CLAMP) - _clip(target, CLAMP)
         loss = tl.abs(difference)
         one = tl.full(a.shape, 1.0, a.dtype)

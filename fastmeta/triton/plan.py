@@ -191,6 +191,18 @@ def row_bytes(c: Constants, real: torch.dtype, dual: bool, keep: bool = True) ->
     return size + real.itemsize * (4 if dual else 2) * 2 * c.net.out_features
 
 
+def task_bytes(
+    c: Constants, points: int, real: torch.dtype, dual: bool, back: bool = True
+) -> int:
+    """Bytes of buffers a task needs, one partial sum of the weights included."""
+    total = row_bytes(c, real, dual, back) * up(points, 128)
+    if back:
+        weights = max(0, c.net.depth - 2) * c.width**2 + c.encoded * c.width * c.features
+        tiles = -(-points // stream_tiles(c, dual)[0].points)
+        total += (2 if dual else 1) * real.itemsize * (weights + tiles * c.thin)
+    return total
+
+
 def chunks(tasks: int, per_task: int, budget: int | None) -> Iterator[slice]:
     """Tasks that fit the budget at a time; always one at least."""
     fit = max(1, (DEFAULT_MEMORY if budget is None else budget) // max(per_task, 1))

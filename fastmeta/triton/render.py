@@ -11,11 +11,12 @@ The products and sums over neighbours are inclusive scans, moved by one place: n
 subtracted to get an exclusive one, so the last interval (1e10) never meets the others. The tangent
 of T is ``Ṫ_i = −T_i Σ_{j<i} m_j (e_j/f_j) τ̇_j``, all of whose terms are bounded by τ̇.
 
-A program owns whole rays of one task: 512 samples at a time, one ray or several, padded to a power
-of two. Rays of up to 512 samples keep what the way back needs in registers; longer ones walk in
-chunks, write each chunk's incoming T (one number, one tangent) to memory, and recompute. Sums run
-inside a program, per ray; the loss is one number per program, added by a second kernel in a fixed
-order: the same bits every run.
+A program owns whole rays of one task, one warp to each or several to a warp, and sees 512 to 1024
+samples at a time, padded to a power of two. Rays of up to 256 samples (128 dual) keep what the way
+back needs in registers; longer ones walk in chunks, write the T that comes into each (a number and
+its tangent) to memory, and recompute. Longer chunks spill: 512 dual samples of a ray 800 bytes on
+sm_90. Sums run inside a program, per ray; the loss is one number per program, added by a second
+kernel in a fixed order: the same bits every run.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from .launch import launch
 from .loss import loss_slope
 from .number import add, mul, scaled
 
-CHUNK = 512  # samples of a ray at a time
-TILE = 512  # samples of a program at a time
-WARPS, DUAL_WARPS = 4, 8
+# Where each warp has a ray of its own, scans stay inside it: 4 to 8 samples a thread.
+WARPS = 4
+TILE = 512  # samples of a program at a time, at least
+CHUNK, DUAL_CHUNK = 256, 128  # samples of a ray at a time, at most
 _SUMS = 256
 
 _PER_LN2 = tl.constexpr(1.4426950408889634)
@@ -579,9 +581,9 @@ class _Plan(NamedTuple):
         return programs * self.rays * self.chunks * 2 if self.chunks > 1 else 0
 
 
-def _plan(samples: int) -> _Plan:
-    width = min(CHUNK, triton.next_power_of_2(samples))
-    return _Plan(max(1, TILE // width), width, triton.cdiv(samples, width))
+def _plan(samples: int, dual: bool) -> _Plan:
+    width = min(DUAL_CHUNK if dual else CHUNK, triton.next_power_of_2(samples))
+    return _Plan(max(WARPS, TILE // width), width, triton.cdiv(samples, width))
 
 
 _NOTHING = {
@@ -602,7 +604,7 @@ def _start(
 ) -> None:
     """One launch over tasks of so many rays; a tensor that is not given is never touched."""
     S = t.shape[-1]
-    plan = _plan(S)
+    plan = _plan(S, flags.get("DUAL", False))
     blocks = triton.cdiv(rays, plan.rays)
     if "reached" not in given:
         given["reached"] = raw.new_empty(plan.carried(tasks * blocks) or 1)
@@ -621,8 +623,7 @@ def _start(
         "WIDTH": plan.width,
         "REAL": tl.float64 if raw.dtype == torch.float64 else tl.float32,
     }
-    warps = DUAL_WARPS if consts["DUAL"] else WARPS
-    launch(march, (tasks * blocks,), args, consts, warps=warps)
+    launch(march, (tasks * blocks,), args, consts, warps=WARPS)
 
 
 def _shown(raw: Tensor) -> dict[str, Tensor]:
@@ -684,7 +685,7 @@ def composite_dual(
 
 
 class Marched(NamedTuple):
-    """A loss of rays, the adjoint of what the network gave, and its tangent; then working memory."""
+    """A loss of rays, the adjoint of what the network gave, its tangent; then working memory."""
 
     loss: Tensor  # [T]
     graw: Tensor | None  # [T,R,S,4]
@@ -696,7 +697,7 @@ class Marched(NamedTuple):
 def march_room(raw: Tensor, *, grad: bool = True, dual: bool = False) -> Marched:
     """Tensors for ``march_loss`` of raw [T,R,S,4] to write into."""
     T, R, S, _ = raw.shape
-    plan = _plan(S)
+    plan = _plan(S, dual)
     programs = T * triton.cdiv(R, plan.rays)
     return Marched(
         raw.new_empty(T),

@@ -131,12 +131,15 @@ class Stream:
         self.dkept = empty(like, c.stored(real), *rows) if dual else self.kept
         self.z, self.dz = pair(real, tasks, points, C)
         self.y, self.dy = pair(real, tasks, points, C)
+        self.losses = empty(like, real, tasks, self.tiles)
+        self.delta = self.ddelta = self.thin = self.dthin = self.gx = self.dgx = like
+        self.hidden: _Weigher | None = None
+        self.opening: _Weigher | None = None
         if not keep:
             return
         self.delta, self.ddelta = pair(c.stored(real), tasks, L - 1, self.NP, WP)
         self.thin, self.dthin = pair(real, tasks, self.tiles, c.thin)
         self.gx, self.dgx = pair(real, tasks, points, c.net.in_features, wanted=want_x)
-        self.losses = empty(like, real, tasks, self.tiles)
         self.hidden = _Weigher(self, False) if L > 2 else None
         self.opening = _Weigher(self, True) if c.encoded else None
 
