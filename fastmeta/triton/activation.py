@@ -132,7 +132,7 @@ def curve(k, ACT: tl.constexpr, W0: tl.constexpr, MODE: tl.constexpr, REAL: tl.c
     one = tl.full(z.shape, 1.0, REAL)
     zero = tl.zeros(z.shape, REAL)
     if ACT == "relu":
-        return z, tl.where(z > 0, one, zero), zero
+        return tl.where(z < 0, zero, z), tl.where(z > 0, one, zero), zero
     elif ACT == "tanh":
         t = _tanh(z)
         first = 1.0 - t * t

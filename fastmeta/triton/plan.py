@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -138,6 +139,31 @@ def basis(net: MLP, features: int, device: torch.device, dtype: torch.dtype) -> 
 
 # Tiles ---
 
+_architecture: list[int] = []  # of whoever asks what another GPU would get
+
+
+@contextmanager
+def architecture_of(compute: int) -> Iterator[None]:
+    """Plans inside are those of a GPU of that compute capability (80, 90, 100)."""
+    _architecture.append(compute)
+    try:
+        yield
+    finally:
+        _architecture.pop()
+
+
+def architecture() -> int:
+    """The current device's compute capability times ten; 90 where there is none."""
+    if _architecture:
+        return _architecture[-1]
+    return _capability(torch.cuda.current_device()) if torch.cuda.is_available() else 90
+
+
+@lru_cache(maxsize=16)
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -154,27 +180,30 @@ class Tile:
 
 def stream_tiles(c: Constants, dual: bool) -> tuple[Tile, Tile]:
     """Of ``ahead`` and ``back``: the same points; accumulators of points × columns, twice where
-    dual."""
-    WP = c.width
+    dual. Before sm_90 operands of the products stand in registers, so that blocks are smaller."""
+    WP, old = c.width, architecture() < 90
     wide = c.mode in ("fp16", "bf16")
-    if WP <= 32:
-        return Tile(64, WP, WP, 4, 2), Tile(64, WP, WP, 4, 2)
-    if WP == 64:
-        depth = 64 if wide else 32
-        return Tile(64, 64, depth, 4, 2), Tile(64, 64, depth, 4, 2)
-    points, depth = (128 if wide and not dual else 64), (64 if wide else 32)
-    columns = 128 if WP % 256 or dual or not wide else 256
+    depth, last = (64 if wide else 32), (16 if old else 32)
+    if WP <= 64:
+        depth = min(WP, depth)
+        return Tile(64, WP, depth, 4, 2, last), Tile(64, WP, depth, 4, 2, last)
+    points = 128 if wide and not dual else 64
     stages = 3 if wide else 2
-    return Tile(points, columns, depth, 8, stages), Tile(points, 128, depth, 8, stages)
+    columns = 256 if WP == 256 and wide and not dual else 128
+    return Tile(points, columns, depth, 8, stages, last), Tile(points, 128, depth, 8, stages, last)
 
 
-def weigh_tile(c: Constants, features: bool, both: bool) -> Tile:
-    """Of ``weigh``: blocks of (columns below: in, points: out) over ``depth`` points a turn."""
-    wide = c.mode in ("fp16", "bf16")
+def weigh_tile(c: Constants, features: bool, dual: bool, both: bool) -> Tile:
+    """Of ``weigh``: blocks of (points: rows of W, columns: its columns) over ``depth`` points a
+    turn; both: the gradient beside its tangent."""
     inner = c.features if features else c.width
-    out = min(c.width, 128 if wide and not both else 64)
-    columns = min(inner, 128) if inner % 128 == 0 or inner < 128 else 64
-    return Tile(out, columns, 64 if wide else 32, 8 if out * columns >= 128 * 64 else 4, 2)
+    wide = c.mode in ("fp16", "bf16")
+    depth = 64 if wide else 32
+    small = both or (dual and architecture() < 90) or not wide
+    rows = min(c.width, 64 if small else 128)
+    columns = min(inner, 256 if wide and not dual and inner == 256 else 128)
+    columns = columns if inner % columns == 0 else 64
+    return Tile(rows, columns, depth, 8 if rows * columns >= 64 * 128 else 4, 3 if wide else 2)
 
 
 # Memory ---

@@ -348,7 +348,7 @@ class _Weigher:
     def __init__(self, stream: Stream, features: bool) -> None:
         self.stream, self.features = stream, features
         c, T = stream.c, stream.T
-        self.tile = plan.weigh_tile(c, features, stream.dual and stream.grad)
+        self.tile = plan.weigh_tile(c, features, stream.dual, stream.dual and stream.grad)
         inner, layers = (c.features, 1) if features else (c.width, c.net.depth - 2)
         blocks = T * layers * (c.width // self.tile.points) * (inner // self.tile.columns)
         turns = -(-stream.NP // self.tile.depth)
