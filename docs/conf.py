@@ -72,7 +72,8 @@ class CommandLine(Directive):
             code = cli.main(shlex.split(self.arguments[0]))
         if code:
             raise self.error(f"fastmeta {self.arguments[0]}: exit code {code}")
-        return [nodes.literal_block(text := printed.getvalue().rstrip(), text, language="text")]
+        text = "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
+        return [nodes.literal_block(text, text, language="text")]
 
 
 def setup(app) -> None:

@@ -158,6 +158,7 @@ def targets(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     found = re.findall(r"\]\(([^)\s]+)\)", text)
     found += re.findall(r"^```\{(?:include|literalinclude)\} (\S+)", text, re.M)
+    found += [f"{name}.rst" for name in re.findall(r"\{doc\}`[^`<]*<([^>]+)>`", text)]
     found += listed(page)
     return [t.partition("#")[0] for t in found if not t.startswith(("http", "#"))]
 

@@ -35,8 +35,8 @@ def load_learnit(path: str | os.PathLike) -> tuple[MLP, Tensor]:
     * views, 120 -> 4: ``nerf_mlp(width, depth)``
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: the file is none of these; says which part
-            and why.
+        FileNotFoundError: nothing is there.
+        ValueError: the file is none of these; says which part and why.
 
     Source: Tancik et al. 2021, github.com/tancik/learnit.
 
