@@ -62,7 +62,7 @@ def after(params):
     return fm.loss_grad(net, params, batch.query)[0].mean().item()
 
 
-tried = [fm.adapt(net, random, batch, 4, lr).params for lr in (0.001, 0.003, 0.01, 0.02)]
+tried = [fm.adapt(net, random, batch, 4, lr).params for lr in (0.01, 0.02, 0.05, 0.1)]
 rows = {
     "learned start": fm.adapt(net, maml.init.detach(), batch, 4, 0.02).params,
     "random start": min(tried, key=after),
