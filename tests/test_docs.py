@@ -91,12 +91,17 @@ def test_pages_run(page, tmp_path, monkeypatch):
         if any(importlib.util.find_spec(package) is None for package in imported(code)):
             continue
         grouped = "init_process_group" in code
-        if grouped and not torch.distributed.is_available():
+        processes = torch.distributed
+        if grouped and not (processes.is_available() and processes.is_gloo_available()):
             continue
         with monkeypatch.context() as patch:
             for name, value in one.items() if grouped else ():
                 patch.setenv(name, value)
-            exec(compile("\n" * line + code, str(page), "exec"), names)
+            try:
+                exec(compile("\n" * line + code, str(page), "exec"), names)
+            finally:
+                if grouped and processes.is_initialized():
+                    processes.destroy_process_group()
 
 
 # What is in it ---
