@@ -2,6 +2,7 @@
 # make test    set everything up, run the tests          make test-full   with the slow ones
 # make asan    the CPU worker's tests under AddressSanitizer and UBSan, every instruction set (built aside, build/asan)
 # make bench   benchmarks, rows to benchmarks/results.csv   make lint       ruff and mypy
+# make docs    the documentation as pages, its gallery made by running it: docs/_build/html/index.html
 # make results train and evaluate every kind of signal at small scale; the README's tables and pictures, to docs/
 #
 # PYTHON=python3.12 picks the interpreter of the virtual environment, VENV=dir its place. An interpreter that has torch
@@ -17,7 +18,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.9" || e
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo test test-full asan bench results lint clean
+.PHONY: demo test test-full asan bench results docs lint clean
 
 SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
@@ -62,10 +63,16 @@ bench: $(READY)
 results: $(READY)
 	@$(BIN)/python benchmarks/results.py
 
+# One thread: the gallery's networks are small, and OpenMP teams that share cores wait for each other.
+docs: $(READY)
+	@$(BIN)/python -c "import furo, myst_parser, sphinx_gallery" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e ".[docs]"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 lint: $(READY)
 	@$(BIN)/python -c "import ruff, mypy, clang_format" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 	@$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/demo
+	rm -rf $(VENV) build dist *.egg-info runs/demo docs/_build docs/auto_gallery

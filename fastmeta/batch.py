@@ -28,6 +28,12 @@ class Rays:
     Args:
         origins, directions: [T,R,3].
         near, far: numbers, or [T], with near < far.
+
+    >>> import torch, fastmeta as fm
+    >>> ahead = torch.tensor([0.0, 0.0, 1.0]).expand(2, 5, 3)  # T = 2 scenes, R = 5 rays
+    >>> rays = fm.Rays(torch.zeros(2, 5, 3), ahead, near=2.0, far=torch.tensor([6.0, 8.0]))
+    >>> rays.take(slice(1, 2)).far
+    tensor([8.])
     """
 
     origins: Tensor
@@ -98,6 +104,10 @@ class March:
         density: ρ, one of ``DENSITIES``. relu is the paper's; it can die, softplus cannot.
 
     Source: Tancik et al. 2021, ShapeNet and Phototourism notebooks.
+
+    >>> import fastmeta as fm
+    >>> fm.March(samples=64, last_interval=1e10, white_background=False)  # as in Phototourism
+    March(samples=64, last_interval=10000000000.0, white_background=False, density='relu')
     """
 
     samples: int = 128
@@ -140,6 +150,11 @@ class Project:
         angles: [T,A] in radians; not differentiable.
 
     Source: Tancik et al. 2021, CT notebook.
+
+    >>> import torch, fastmeta as fm
+    >>> measure = fm.Project(torch.tensor([[0.0, 1.5]]))
+    >>> measure.pixels(8).shape  # which pixel each sample of each line falls on
+    torch.Size([1, 2, 8, 8])
     """
 
     angles: Tensor
@@ -209,6 +224,16 @@ class Batch:
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, an empty set.
+
+    >>> import math, torch, fastmeta as fm
+    >>> x = torch.rand(100, 2)  # shared by the tasks
+    >>> batch = fm.Batch(x, torch.rand(8, 100, 3), per_step=32, seed=torch.arange(8))
+    >>> batch.tasks, batch.points
+    (8, 100)
+    >>> angles = math.pi * torch.rand(8, 4)
+    >>> scans = fm.Batch(x, torch.rand(8, 4, 10), measure=fm.Project(angles))  # 10 × 10 pixels
+    >>> scans.measure_name
+    'project'
     """
 
     x: Tensor | Rays
@@ -326,7 +351,7 @@ class Batch:
 
     @property
     def tasks(self) -> int:
-        """T."""
+        """T, how many tasks."""
         return self.y.shape[0]
 
     @property
@@ -336,7 +361,7 @@ class Batch:
 
     @property
     def coordinates(self) -> int:
-        """D."""
+        """D, how many numbers a point has."""
         return 3 if isinstance(self.x, Rays) else self.x.shape[-1]
 
     @property

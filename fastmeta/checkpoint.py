@@ -45,6 +45,15 @@ def save_init(path: str | os.PathLike, net: MLP, init: Tensor) -> None:
     Raises:
         ValueError: init is not [net.num_params], not floating point, or not finite.
         OSError: the file could not be written.
+
+    >>> import tempfile, torch, fastmeta as fm
+    >>> net = fm.siren(2, 3, width=16, depth=3)
+    >>> init = net.init()[0]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fm.save_init(f"{folder}/start.safetensors", net, init)
+    ...     again, same = fm.load_init(f"{folder}/start.safetensors")
+    >>> again == net, torch.equal(same, init)
+    (True, True)
     """
     save_start(path, net, init)
 
@@ -56,6 +65,11 @@ def load_init(path: str | os.PathLike) -> tuple[MLP, Tensor]:
         FileNotFoundError: nothing is there.
         ValueError: the file is cut short, damaged, of another program, of a newer fastmeta, or its
             weights do not belong to its network.
+
+    >>> import fastmeta as fm
+    >>> fm.load_init("absent.safetensors")
+    Traceback (most recent call last):
+    FileNotFoundError: absent.safetensors: no such file; accepted is a file written by fastmeta
     """
     return load_start(path)[:2]
 

@@ -118,7 +118,7 @@ def innerloop(
     rule: str | Rule = "sgd",
     first_order: bool = False,
 ) -> Iterator[Tasks]:
-    """``θ_{k+1} = θ_k − α ⊙ u_k(∇L(θ_k))`` for T tasks, as ``higher.innerloop_ctx`` has it for one.
+    """``θ_{k+1} = θ_k − α ⊙ u_k(∇L(θ_k))`` for T tasks, as ``higher.innerloop_ctx`` for one::
 
         with innerloop(net, tasks=T, lr=1e-2) as task:
             for _ in range(K):
@@ -129,7 +129,7 @@ def innerloop(
         net: ``BatchedMLP(spec, 1)``, one start for all tasks (or T, one each), or a module that
             ``fm.from_module`` accepts; gradients go to its parameters (higher's
             ``copy_initial_weights=False``).
-        tasks: T.
+        tasks: T, how many.
         lr: α, a number or a tensor that broadcasts to [T,P], such as [T,1] or [P]; differentiable.
         rule: as in ``fm.MAML``; with "meta_sgd" the rates are lr, for the user to hold.
         first_order: FOMAML in place of the exact gradient.
@@ -141,12 +141,22 @@ def innerloop(
         ValueError, TypeError: a module, rates or a rule that do not fit.
 
     Source: Grefenstette et al. 2019 (higher); Finn et al. 2017.
+
+    >>> import torch, fastmeta as fm
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    >>> x = torch.rand(8, 50, 1)  # eight tasks
+    >>> with fm.compat.innerloop(model, tasks=8, lr=1e-2) as task:
+    ...     for _ in range(3):
+    ...         task.step(((task(x) - x.sin()) ** 2).mean((1, 2)))
+    ...     ((task(x) - x.sin()) ** 2).mean().backward()
+    >>> model[0].weight.grad.shape
+    torch.Size([16, 1])
     """
     yield Tasks("innerloop", net, tasks, lr, resolve(rule), first_order)
 
 
 class MAML(nn.Module):
-    """``θ_{k+1} = θ_k − α ⊙ ∇L(θ_k)`` in learn2learn's words, T tasks at once.
+    """``θ_{k+1} = θ_k − α ⊙ ∇L(θ_k)`` in learn2learn's words, T tasks at once::
 
         l = maml.clone(tasks=T)
         l.adapt(loss(l(x_s), y_s))          # one loss a task, [T]
@@ -162,6 +172,19 @@ class MAML(nn.Module):
             ``clone`` or ``adapt`` is told so.
 
     Source: Arnold et al. 2020 (learn2learn); Finn et al. 2017.
+
+    >>> import torch, fastmeta as fm
+    >>> model = fm.nn.BatchedMLP(fm.siren(1, 1, width=16, depth=3), tasks=1)
+    >>> maml = fm.compat.MAML(model, lr=1e-2)
+    >>> x = torch.rand(8, 50, 1)
+    >>> learner = maml.clone(tasks=8)
+    >>> learner.adapt(((learner(x) - x.sin()) ** 2).mean((1, 2)))
+    >>> ((learner(x) - x.sin()) ** 2).mean().backward()
+    >>> all(p.grad is not None for p in maml.parameters())
+    True
+    >>> learner.adapt(((learner(x) - x.sin()) ** 2).mean())
+    Traceback (most recent call last):
+    ValueError: compat.MAML: loss has shape []; accepted is one a task, [8], such as ...
     """
 
     lr: float | Tensor
@@ -211,6 +234,14 @@ def sgd(lr: float | Tensor, momentum: float = 0.0, nesterov: bool = False) -> Op
 
     The dicts' gradients are taken as they come: with ``create_graph=True`` in
     ``torch.autograd.grad`` the result is exact to second order, without it it is FOMAML.
+
+    >>> import torch, fastmeta as fm
+    >>> params = {"w": torch.tensor([1.0, 2.0])}
+    >>> optimizer = fm.compat.sgd(0.5)
+    >>> state = optimizer.init(params)
+    >>> updates, state = optimizer.update({"w": torch.tensor([2.0, 2.0])}, state)
+    >>> fm.compat.apply_updates(params, updates)
+    {'w': tensor([0., 1.])}
     """
     return _optimizer(Momentum(momentum, nesterov) if momentum else resolve("sgd"), lr)
 
@@ -220,6 +251,14 @@ def adam(lr: float | Tensor, b1: float = 0.9, b2: float = 0.999, eps: float = 1e
 
     Differentiable as ``sgd`` is; the square root has derivative 0 at v = 0, where optax and
     torch give NaN.
+
+    >>> import torch, fastmeta as fm
+    >>> optimizer = fm.compat.adam(torch.tensor([0.5, 0.25]))  # a rate a task
+    >>> state = optimizer.init({"w": torch.zeros(2, 3)})
+    >>> updates, state = optimizer.update({"w": torch.ones(2, 3)}, state)
+    >>> updates["w"]
+    tensor([[-0.5000, -0.5000, -0.5000],
+            [-0.2500, -0.2500, -0.2500]])
     """
     return _optimizer(Adam(b1, b2, eps), lr)
 
@@ -267,7 +306,7 @@ def _optimizer(rule: Rule, lr: float | Tensor) -> Optimizer:
 
 
 class MetaMLP(nn.Module):
-    """``y_t = mlp(net, θ_t, x_t)`` with θ in the call, as MetaSDF and GradNCP have it.
+    """``y_t = mlp(net, θ_t, x_t)`` with θ in the call, as MetaSDF and GradNCP have it::
 
         params = OrderedDict((n, p[None].repeat(T, *[1] * p.dim()))
                              for n, p in model.meta_named_parameters())
@@ -282,6 +321,14 @@ class MetaMLP(nn.Module):
         init, generator, impl, precision: as in ``fm.nn.BatchedMLP``.
 
     Source: Sitzmann et al. 2020 (MetaSDF); Kim et al. 2023 (GradNCP).
+
+    >>> import torch, fastmeta as fm
+    >>> model = fm.compat.MetaMLP(fm.siren(2, 3, width=16, depth=3))
+    >>> params = {n: p[None].repeat(4, *[1] * p.dim()) for n, p in model.meta_named_parameters()}
+    >>> params["layers.0.weight"].shape
+    torch.Size([4, 16, 2])
+    >>> model(torch.rand(4, 50, 2), params=params).shape
+    torch.Size([4, 50, 3])
     """
 
     def __init__(self, net: MLP, **options: Any) -> None:

@@ -28,7 +28,7 @@ class BatchedMLP(nn.Module):
 
     Args:
         net: the networks' specification.
-        tasks: T.
+        tasks: T, how many networks.
         init: weights to begin with, [T,P], or [P] for all tasks alike; copied, and the module takes
             dtype and device from it. None: ``net.init(tasks, generator=generator)``.
         generator: of that draw.
@@ -51,6 +51,16 @@ class BatchedMLP(nn.Module):
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
+
+    >>> import torch, fastmeta as fm
+    >>> nets = fm.nn.BatchedMLP(fm.siren(2, 3, width=16, depth=3), tasks=4)
+    >>> nets(torch.rand(4, 100, 2)).shape
+    torch.Size([4, 100, 3])
+    >>> {name: list(p.shape) for name, p in nets.named_parameters()}["layers.0.weight"]
+    [4, 16, 2]
+    >>> x = torch.rand(100, 2)
+    >>> torch.allclose(nets[1](x), nets(x)[1], atol=1e-5)  # a module of torch's own parts
+    True
     """
 
     def __init__(

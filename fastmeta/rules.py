@@ -33,6 +33,10 @@ class Momentum:
     g' + μ b_{k+1}.
 
     As ``torch.optim.SGD(momentum=mu, nesterov=nesterov, weight_decay=weight_decay)``; b_0 = 0.
+
+    >>> from fastmeta import rules
+    >>> rules.Momentum(0.95, nesterov=True)
+    Momentum(mu=0.95, nesterov=True, weight_decay=0.0)
     """
 
     mu: float = 0.9

@@ -48,6 +48,15 @@ class Encoding:
         include_input: put the raw coordinates in front of the features.
 
     Source: Tancik et al. 2020 (Gaussian features), Mildenhall et al. 2020 (ladders of frequencies).
+
+    >>> import fastmeta as fm
+    >>> ladder = fm.Encoding.frequencies(1, 3, 2.0, include_input=True)
+    >>> ladder
+    Encoding(B=[1,6], include_input=True)
+    >>> ladder.B  # a sine and a cosine of 1, 2 and 4 times x
+    tensor([[1., 1., 2., 2., 4., 4.]])
+    >>> ladder.out_features
+    7
     """
 
     B: Tensor
@@ -154,6 +163,18 @@ class MLP:
         coords: the coordinate convention the weights belong to, one of ``COORDS``.
 
     Source: Sitzmann et al. 2020 (sine networks); Tancik et al. 2021 and its notebooks.
+
+    >>> import fastmeta as fm
+    >>> net = fm.MLP(2, 3, width=16, depth=3)
+    >>> net.sizes
+    ((2, 16), (16, 16), (16, 3))
+    >>> params = net.init(tasks=4)  # [T,P]
+    >>> params.shape == (4, net.num_params)
+    True
+    >>> [list(weight.shape) for weight, bias in net.layers(params)]
+    [[4, 16, 2], [4, 16, 16], [4, 3, 16]]
+    >>> net == fm.MLP(2, 3, width=16, depth=3)
+    True
     """
 
     in_features: int
@@ -249,8 +270,7 @@ class MLP:
         """Random starting weights [T,P], float32, on the generator's device; every task its own.
 
         Sine: first layer U(±1/in), every other and the last U(±√(6/in)/w0). Otherwise: a normal of
-            std 1/√in,
-        truncated at ±2 std (no variance correction; haiku's default). Biases are 0.
+        std 1/√in, truncated at ±2 std (no variance correction; haiku's default). Biases are 0.
         Row t depends on the generator's state and t only, not on how many tasks are drawn with it.
 
         Source: Tancik et al. 2021, the authors' notebooks. torch's own default differs.
@@ -305,6 +325,13 @@ def siren(
 
     The paper's image network is ``siren(2, 3, width=256, depth=5, w0=200.0, output_shift=0.5)``.
     Source: Sitzmann et al. 2020; Tancik et al. 2021.
+
+    >>> import fastmeta as fm
+    >>> net = fm.siren(2, 3, width=256, depth=5, w0=200.0, output_shift=0.5)
+    >>> net.num_params
+    198915
+    >>> net.frequencies
+    (200.0, 200.0, 200.0, 200.0)
     """
     return MLP(
         in_features, out_features, width, depth, "sine", w0, w0_first, output_shift=output_shift
@@ -326,6 +353,10 @@ def fourier_mlp(
     ``h_0 = [sin(xB), cos(xB)]``, ``B ~ scale·N(0,1)`` [D,features]; seed 0 is the matrix of the
     authors' weights. Coordinates in [0,1), x first. Source: Tancik et al. 2020; Tancik et al. 2021,
     CT notebook.
+
+    >>> import fastmeta as fm
+    >>> fm.fourier_mlp(2, 1).sizes
+    ((512, 256), (256, 256), (256, 256), (256, 256), (256, 1))
     """
     encoding = Encoding.gaussian(in_features, features, scale, seed)
     return MLP(
@@ -348,6 +379,11 @@ def nerf_mlp(
     Frequencies ``2^linspace(0, max_exponent, frequencies)``, no π, xyz itself not included: E = 120
     by default. ``composite`` applies the sigmoid and the density. Source: Tancik et al. 2021,
     ShapeNet notebook.
+
+    >>> import fastmeta as fm
+    >>> net = fm.nerf_mlp()
+    >>> net.encoded_features, net.out_features, net.coords
+    (120, 4, 'world')
     """
     encoding = Encoding.frequencies(3, frequencies, max_exponent)
     return MLP(3, 4, width, depth, encoding=encoding, coords="world")

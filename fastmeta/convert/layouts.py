@@ -229,6 +229,14 @@ def from_state_dict(state: Mapping[str, Tensor], layout: str, **options: Any) ->
 
     Source: github.com/vsitzmann/siren, lucidrains/siren-pytorch, jihoontack/GradNCP,
     sanowar-raihan/nerf-meta.
+
+    >>> import torch, fastmeta as fm
+    >>> from fastmeta.convert import from_state_dict, to_state_dict
+    >>> net = fm.MLP(2, 3, 16, 3, "sine", 30.0, output_shift=0.5, coords="corners")
+    >>> params = net.init()[0]
+    >>> again, same = from_state_dict(to_state_dict(net, params, "gradncp"), "gradncp")
+    >>> again == net, torch.equal(same, params)
+    (True, True)
     """
     op = "from_state_dict"
     plan = _layout(op, layout)

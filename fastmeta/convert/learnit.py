@@ -35,10 +35,20 @@ def load_learnit(path: str | os.PathLike) -> tuple[MLP, Tensor]:
     * views, 120 -> 4: ``nerf_mlp(width, depth)``
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: the file is none of these; says which part
-            and why.
+        FileNotFoundError: nothing is there.
+        ValueError: the file is none of these; says which part and why.
 
     Source: Tancik et al. 2021, github.com/tancik/learnit.
+
+    >>> import tempfile, numpy as np, fastmeta as fm
+    >>> sizes = [(2, 32), (32, 32), (32, 3)]
+    >>> arrays = {f"w{i}": np.zeros(size, np.float32) for i, size in enumerate(sizes)}
+    >>> arrays |= {f"b{i}": np.zeros(size[1], np.float32) for i, size in enumerate(sizes)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/weights.npz", **arrays)
+    ...     net, init = fm.load_learnit(f"{folder}/weights.npz")
+    >>> net == fm.siren(2, 3, width=32, depth=3, w0=200.0, output_shift=0.5)
+    True
     """
     try:
         with open(path, "rb") as file:

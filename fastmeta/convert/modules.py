@@ -39,6 +39,16 @@ def to_module(net: MLP, params: Tensor) -> nn.Module:
 
     Raises:
         ValueError: params is not [net.num_params] or not floating point.
+
+    >>> import torch, fastmeta as fm
+    >>> net = fm.siren(2, 3, width=16, depth=3)
+    >>> params = net.init()[0]
+    >>> module = fm.to_module(net, params)
+    >>> [name for name, _ in module.named_parameters()][:2]
+    ['layers.0.weight', 'layers.0.bias']
+    >>> x = torch.rand(10, 2)
+    >>> torch.allclose(module(x), fm.mlp(net, params, x), atol=1e-5)
+    True
     """
     if not isinstance(params, Tensor):
         raise ValueError(f"to_module: params is {type(params).__name__}; accepted is a tensor")
@@ -77,6 +87,15 @@ def from_module(module: nn.Module, *, coords: str = "unit") -> tuple[MLP, Tensor
 
     Raises:
         ValueError: anything else, naming the part and why.
+
+    >>> import torch, fastmeta as fm
+    >>> from torch import nn
+    >>> net, params = fm.from_module(nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3)))
+    >>> net.sizes, net.activation, params.shape
+    (((2, 16), (16, 3)), 'tanh', torch.Size([99]))
+    >>> fm.from_module(nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Dropout(), nn.Linear(16, 3)))
+    Traceback (most recent call last):
+    ValueError: from_module: 2 is Dropout(p=0.5, inplace=False); accepted are ...
     """
     if isinstance(module, fx.GraphModule):
         net, linears = _net_of_graph(module)

@@ -146,6 +146,14 @@ def from_tcnn(
         ValueError: any other encoding, network, activation or key; says which and why.
 
     Source: github.com/NVlabs/tiny-cuda-nn, DOCUMENTATION.md and the kernels.
+
+    >>> from fastmeta.convert import from_tcnn
+    >>> encoding = {"otype": "Frequency", "n_frequencies": 4}
+    >>> network = {"otype": "FullyFusedMLP", "activation": "ReLU", "output_activation": "None",
+    ...            "n_neurons": 64, "n_hidden_layers": 2}
+    >>> net = from_tcnn(3, 4, encoding, network)
+    >>> net.sizes
+    ((24, 64), (64, 64), (64, 4))
     """
     taken = _Config(
         "from_tcnn", "encoding", {"otype": "Identity"} if encoding is None else encoding

@@ -47,6 +47,20 @@ class MAML(nn.Module):
         ValueError, TypeError: arguments or batches that do not fit.
 
     Source: Finn et al. 2017; Li et al. 2017 (Meta-SGD); Tancik et al. 2021, section 3.
+
+    >>> import torch, fastmeta as fm
+    >>> net = fm.siren(1, 1, width=16, depth=3)
+    >>> maml = fm.MAML(net, inner_steps=3, inner_lr=1e-2)
+    >>> optimizer = torch.optim.Adam(maml.parameters(), lr=1e-3)
+    >>> x, phase = torch.linspace(0, 1, 50)[:, None], torch.rand(8, 1, 1)
+    >>> loss = maml(fm.Batch(x, torch.sin(6 * x + phase)))  # eight sine waves
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> [(name, p.shape == (net.num_params,)) for name, p in maml.named_parameters()]
+    [('init', True)]
+    >>> learned = fm.MAML(net, 3, 1e-2, rule="meta_sgd")
+    >>> [name for name, _ in learned.named_parameters()]
+    ['init', 'inner_lr']
     """
 
     inner_lr: float | Tensor

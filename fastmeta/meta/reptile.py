@@ -28,10 +28,19 @@ class Reptile(nn.Module):
 
     Raises:
         ValueError, TypeError: arguments or batches that do not fit; a batch with a query set, which
-            Reptile has no
-        use for.
+            Reptile has no use for.
 
     Source: Nichol et al. 2018; Tancik et al. 2021, section 3.
+
+    >>> import torch, fastmeta as fm
+    >>> net = fm.siren(1, 1, width=16, depth=3)
+    >>> reptile = fm.Reptile(net, inner_steps=3, inner_lr=1e-2)
+    >>> x, phase = torch.linspace(0, 1, 50)[:, None], torch.rand(8, 1, 1)
+    >>> batch = fm.Batch(x, torch.sin(6 * x + phase))
+    >>> reptile(batch).backward()
+    >>> ended = fm.adapt(net, reptile.init.detach(), batch, steps=3, lr=1e-2).params  # [T,P]
+    >>> torch.allclose(reptile.init.grad, reptile.init - ended.mean(0), atol=1e-6)
+    True
     """
 
     inner_lr: float | Tensor

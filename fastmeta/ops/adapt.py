@@ -55,6 +55,16 @@ def loss_grad(
             case.
 
     Source: Tancik et al. 2021, section 3.
+
+    >>> import torch, fastmeta as fm
+    >>> net = fm.siren(2, 1, width=16, depth=3)
+    >>> x = torch.rand(100, 2)
+    >>> batch = fm.Batch(x, torch.tensor([1.0, 2.0])[:, None, None].expand(2, 100, 1))
+    >>> loss, grad = fm.loss_grad(net, torch.zeros(net.num_params), batch)
+    >>> loss  # all-zero weights say 0 everywhere: the mean of y²
+    tensor([1., 4.])
+    >>> grad.shape == (2, net.num_params)
+    True
     """
     rows, case = dispatch.task_case("loss_grad", net, params, batch, precision)
     result = dispatch.choose(case, impl).loss_grad(net, rows.detach(), batch, step)
@@ -85,6 +95,17 @@ def loss_hvp(
             case.
 
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+
+    >>> import torch, fastmeta as fm
+    >>> net = fm.siren(2, 1, width=16, depth=3)
+    >>> params, x = net.init(tasks=2).double(), torch.rand(2, 100, 2).double()
+    >>> batch = fm.Batch(x, x.prod(-1, keepdim=True))
+    >>> v = torch.randn(net.num_params).double()
+    >>> grad, hv = fm.loss_hvp(net, params, v, batch)
+    >>> beside = fm.loss_grad(net, params + 1e-5 * v, batch)[1]
+    >>> before = fm.loss_grad(net, params - 1e-5 * v, batch)[1]
+    >>> bool(torch.allclose((beside - before) / 2e-5, hv, rtol=1e-4, atol=1e-4))
+    True
     """
     rows, case = dispatch.task_case("loss_hvp", net, params, batch, precision, order=2)
     direction = dispatch.parameters("loss_hvp", net, v, batch.tasks, "v")
@@ -130,10 +151,23 @@ def adapt(
 
     Raises:
         ValueError, TypeError: data that do not fit the network, rates that do not broadcast, or a
-            worker that cannot
-        run the case.
+            worker that cannot run the case.
 
     Source: Tancik et al. 2021, section 3; Finn et al. 2017.
+
+    >>> import torch, fastmeta as fm
+    >>> net = fm.siren(2, 1, width=16, depth=3)
+    >>> x = torch.rand(100, 2)
+    >>> batch = fm.Batch(x, torch.stack([x[:, :1], x[:, 1:]]))  # two tasks: y = x_0, y = x_1
+    >>> fit = fm.adapt(net, net.init()[0], batch, steps=5, lr=1e-2)
+    >>> fit.params.shape == (2, net.num_params)
+    True
+    >>> fit.losses.shape
+    torch.Size([5, 2])
+    >>> rates = torch.tensor([1e-2, 2e-2])[:, None]  # one a task, [T,1]
+    >>> fit = fm.adapt(net, net.init()[0], batch, steps=5, lr=rates, rule="adam", keep=True)
+    >>> fit.trajectory.shape == (6, 2, net.num_params)
+    True
     """
     rule = resolve(rule)
     rows, case = dispatch.task_case("adapt", net, params, batch, precision, rule)

@@ -66,7 +66,14 @@ def load(name: str) -> tuple[Any, str | None]:
 
 
 def available() -> dict[str, str | None]:
-    """Every worker's name -> None, or the reason it cannot run on this machine."""
+    """Every worker's name -> None, or the reason it cannot run on this machine.
+
+    >>> import fastmeta as fm
+    >>> list(fm.available())
+    ['cuda', 'triton', 'cpu', 'reference']
+    >>> fm.available()["reference"] is None
+    True
+    """
     return {name: load(name)[1] for name in WORKERS}
 
 

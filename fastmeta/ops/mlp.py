@@ -37,6 +37,18 @@ def mlp(
             run the case.
 
     Source: Tancik et al. 2021, section 3; Pearlmutter 1994 for the dual pass.
+
+    >>> import torch, fastmeta as fm
+    >>> net = fm.siren(1, 1, width=16, depth=3)
+    >>> params = net.init(tasks=4)  # [T,P]
+    >>> x = torch.linspace(0, 1, 100)[:, None].requires_grad_()  # [N,D], shared
+    >>> y = fm.mlp(net, params, x)
+    >>> y.shape
+    torch.Size([4, 100, 1])
+    >>> (slope,) = torch.autograd.grad(y[0].sum(), x, create_graph=True)  # dy/dx of network 0
+    >>> (bend,) = torch.autograd.grad(slope.sum(), x)
+    >>> bend.shape
+    torch.Size([100, 1])
     """
     net = dispatch.network("mlp", net)
     x = dispatch.tensor("mlp", "x", x, dims=(2, 3))

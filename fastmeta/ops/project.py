@@ -33,6 +33,11 @@ def project(
         ValueError, TypeError: shapes or dtypes that do not fit; angles that ask for a gradient.
 
     Source: Tancik et al. 2021, CT notebook.
+
+    >>> import torch, fastmeta as fm
+    >>> image = torch.tensor([[[0.0, 3.0, 6.0], [1.0, 4.0, 7.0], [2.0, 5.0, 8.0]]])  # [T,W,W]
+    >>> fm.project(image, torch.tensor([[0.0]]))  # straight down: the mean of each column
+    tensor([[[1., 4., 7.]]])
     """
     image = dispatch.tensor("project", "image", image, dims=(3,))
     angles = dispatch.tensor("project", "angles", angles, dims=(2,))

@@ -37,6 +37,14 @@ def composite(
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
 
     Source: Tancik et al. 2021, ShapeNet and Phototourism notebooks; Mildenhall et al. 2020.
+
+    >>> import torch, fastmeta as fm
+    >>> t = torch.tensor([2.0, 3.0, 4.0])
+    >>> raw = torch.zeros(3, 4)  # grey, and nothing there
+    >>> raw[1, 3] = 1e3  # but at t = 3
+    >>> rgb, depth, acc = fm.composite(raw, t, fm.March(samples=3))
+    >>> rgb, depth, acc
+    (tensor([0.5000, 0.5000, 0.5000]), tensor(3.), tensor(1.))
     """
     raw = dispatch.tensor("composite", "raw", raw, columns=4)
     t = dispatch.tensor("composite", "t", t)
@@ -90,6 +98,17 @@ def render(
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
 
     Source: Tancik et al. 2021, ShapeNet notebook.
+
+    >>> import torch, fastmeta as fm
+    >>> net = fm.nerf_mlp(width=16, depth=3)
+    >>> ahead = torch.tensor([0.0, 0.0, 1.0]).expand(2, 5, 3)  # T = 2 scenes, R = 5 rays
+    >>> rays = fm.Rays(torch.zeros(2, 5, 3), ahead, near=2.0, far=6.0)
+    >>> rgb, depth, acc = fm.render(net, net.init(tasks=2), rays, fm.March(samples=8))
+    >>> rgb.shape, depth.shape, acc.shape
+    (torch.Size([2, 5, 3]), torch.Size([2, 5]), torch.Size([2, 5]))
+    >>> nothing = torch.zeros(net.num_params)
+    >>> fm.render(net, nothing, rays, fm.March(samples=8))[0][0, 0]  # the white background
+    tensor([1., 1., 1.])
     """
     net = dispatch.network("render", net)
     if not isinstance(rays, Rays) or not isinstance(march, March):

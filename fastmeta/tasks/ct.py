@@ -174,7 +174,7 @@ def open_scans(path: str | os.PathLike[str], size: int) -> TaskSet:
         path: an .npz with "sinogram" [n,A,W] or [A,W], the mean of a slice along each line (the
             line integral over the side of the square), and "angles" [n,A], or [A] for all, in
             radians, both as ``fastmeta.project`` has them; "names" [n], where there.
-        size: W.
+        size: W, in pixels.
 
     Raises:
         ValueError: no such arrays, not finite, shapes that do not fit, degrees for radians.
