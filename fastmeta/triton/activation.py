@@ -121,12 +121,12 @@ def _softplus(z):
 
 @triton.jit
 def curve(k, ACT: tl.constexpr, W0: tl.constexpr, MODE: tl.constexpr, REAL: tl.constexpr):
-    """(φ, φ', φ'') as REAL blocks, from what was kept."""
+    """(φ, φ', φ'') as REAL blocks, from what was kept, or from z itself."""
     if ACT == "sine":
-        if MODE == "fp32":
-            s, c = exact_sincos(W0 * k)
-        else:
+        if k.dtype == tl.int16:
             s, c = quick_sincos(k.to(REAL) * (_TURN / 65536.0))
+        else:
+            s, c = wave(W0 * k, MODE)
         return s, W0 * c, -(W0 * W0) * s
     z = k.to(REAL)
     one = tl.full(z.shape, 1.0, REAL)

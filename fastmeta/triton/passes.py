@@ -14,8 +14,10 @@ from ..reference import Dual, tangent, value
 from ..rules import SGD, Adam, Momentum, Rule
 from ..spec import MLP
 from . import draw, graph, plan, project, render
+from .held import network
 from .plan import Constants, chunks, empty
-from .stream import Operands, Stream, ones, shade
+from .stream import Stream
+from .sums import Operands, shade
 
 
 def guarded(function: Any) -> Any:
@@ -60,7 +62,7 @@ class Seen:
         if isinstance(batch.measure, March):
             n *= batch.measure.samples
         self.room = draw.room(batch)
-        self.stream = Stream(c, batch.tasks, n, batch.y, dual=dual, grad=grad, keep=back)
+        self.stream = network(c, batch.tasks, n, batch.y, dual=dual, grad=grad, keep=back)
         if isinstance(batch.measure, Project):
             self.pixels = batch.measure.pixels(batch.y.shape[2])
             self.inverse = project.inverse(self.pixels) if back else None
@@ -86,16 +88,18 @@ class Seen:
         """Loss [T] at θ [T or 1,P], of the draws of step k; along v [T,P] where dual."""
         drawn = draw.draw(self.batch, k, self.room)
         s = self.stream
-        s.forward(theta, operands, drawn.x, v, dual_operands)
-        if isinstance(self.batch.measure, Project):
-            return self._projected(drawn)
-        if isinstance(self.batch.measure, March):
-            return self._marched(drawn)
+        if self.batch.measure is not None:
+            s.forward(theta, operands, drawn.x, v, dual_operands)
+            march = isinstance(self.batch.measure, March)
+            return self._marched(drawn) if march else self._projected(drawn)
         counts = _full(self.batch, self.count) if drawn.counts is None else drawn.counts
         if self.c.mode == "fp16":
             numbers = (counts * self.batch.y.shape[-1]).to(s.like.dtype)
             s.scale = torch.exp2(torch.round(torch.log2(numbers)))
-        s.backward(drawn.y, loss=self.batch.loss_parts, counts=counts, chain=self.back)
+        s.descend(
+            theta, operands, drawn.x, drawn.y, self.batch.loss_parts, counts, v, dual_operands,
+            back=self.back,
+        )  # fmt: skip
         return s.losses.sum(1)
 
     def _chain(self, gy: Tensor, dgy: Tensor | None) -> None:
@@ -379,7 +383,7 @@ class Passes:
         operands = shade(c, params, Operands.empty(c, params.shape[0], params))
         for start in range(0, points, fit):
             part = x[:, start : start + fit]
-            s = Stream(c, tasks, part.shape[1], x, keep=False)
+            s = network(c, tasks, part.shape[1], x, keep=False)
             shown = s.forward(params, operands, part)
             if part.shape[1] == points:
                 return shown.view(T, N, -1)
@@ -430,8 +434,10 @@ class Passes:
         for ts in chunks(T, plan.task_bytes(c, N, real, dual), None):
             p, xs, vs, ws = (_take(a, ts) for a in (params, x, v, w))
             n = ts.stop - ts.start
-            s = Stream(
-                c, n, N, x, dual=dual, grad=not dual, want_x=want_x, tangent_x=w is not None
+            s: Any = (
+                Stream(c, n, N, x, dual=dual, grad=not dual, want_x=want_x, tangent_x=w is not None)
+                if want_x or w is not None
+                else network(c, n, N, x, dual=dual, grad=not dual)
             )
             mine = _first(operands, p.shape[0])
             shade(c, p, mine)
@@ -442,7 +448,7 @@ class Passes:
                     scale = s.v_scale = _power(vs).expand(n).contiguous()
                     scale = scale[: vs.shape[0]]
             dual_operands = None if vs is None else shade(c, vs, _first(along, vs.shape[0]), scale)
-            s.forward(p, mine, xs, vs, dual_operands, ws)
+            s.forward(p, mine, xs, vs, dual_operands, *([] if ws is None else [ws]))
             s.backward(gy[ts])
             s.gradient(gp[ts], tangent=dual)
             if want_x:

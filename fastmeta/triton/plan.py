@@ -159,6 +159,11 @@ def architecture() -> int:
     return _capability(torch.cuda.current_device()) if torch.cuda.is_available() else 90
 
 
+def small_shared() -> bool:
+    """Whether a block has 99 KB of shared memory only: consumer GPUs."""
+    return architecture() in (86, 89, 120, 121)
+
+
 @lru_cache(maxsize=16)
 def _capability(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
@@ -191,6 +196,21 @@ def stream_tiles(c: Constants, dual: bool) -> tuple[Tile, Tile]:
     stages = 3 if wide else 2
     columns = 256 if WP == 256 and wide and not dual else 128
     return Tile(points, columns, depth, 8, stages, last), Tile(points, 128, depth, 8, stages, last)
+
+
+def resident_tile(c: Constants, dual: bool) -> Tile | None:
+    """Of ``resident``, or None where activations and sums do not fit the registers, or operands the
+    shared memory. Blocks of 32 points: at 64 it spilled 400 bytes and more at width 64 (sm_90)."""
+    WP, L = c.width, c.net.depth
+    features = c.features if c.encoded else 0
+    if WP > 64 or features > 64 or c.net.out_features > 16 or L > (6, 4)[dual]:
+        return None
+    if WP == 64 and (c.mode == "fp32" or (dual and c.mode == "tf32")):
+        return None
+    if WP == 64 and small_shared() and (dual or c.mode == "tf32"):
+        return None
+    points = 16 if c.mode == "fp32" and dual else 32
+    return Tile(points, WP, WP, 8 if WP == 64 else 4, 1)
 
 
 def weigh_tile(c: Constants, features: bool, dual: bool, both: bool) -> Tile:

@@ -205,16 +205,16 @@ def _shade_out(
 
 @triton.jit
 def shade(
-    params, scale, shadow, first, P, p_stride, s_size, blocks,
+    source, scale, shadow, first, P, p_stride, s_size, blocks,
     E: tl.constexpr, EP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, L: tl.constexpr,
     MODE: tl.constexpr, FIRST: tl.constexpr, ENCODED: tl.constexpr, SCALED: tl.constexpr,
     BP: tl.constexpr,
 ):  # fmt: skip
-    """The hidden weights (and an encoded first layer's) of params [T,P], times scale [T], rounded
+    """The hidden weights (and an encoded first layer's) of source [T,P], times scale [T], rounded
     to operands [T,L−2,WP,WP]; padding stays as it was: zero. One program: BP parameters."""
     t = (tl.program_id(0) // blocks).to(tl.int64)
     p = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)
-    theta = tl.load(params + t * p_stride + p, mask=p < P, other=0.0)
+    theta = tl.load(source + t * p_stride + p, mask=p < P, other=0.0)
     if SCALED:
         theta *= tl.load(scale + t)
     _shade_out(theta, shadow, first, t, p, P, s_size, E, EP, W, WP, L, MODE, FIRST, ENCODED)
