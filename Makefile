@@ -17,6 +17,14 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.9" || e
 # Two processes of one thread each: OpenMP teams that outnumber the cores wait for each other.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+# Triton's kernels run under its interpreter, in a process of their own: it is chosen when triton is imported.
+INTERPRETED := TRITON_INTERPRET=1 FASTMETA_TEST_IMPLS=triton $(PYTEST)
+KERNELS := tests/test_triton.py tests/test_triton_rays.py tests/test_ops.py tests/test_maml.py
+HAS_TRITON := $(BIN)/python -c "import triton" 2>/dev/null
+# An older Triton whose compiler is held to the same budgets, and what either has compiled before.
+OLD_TRITON := build/triton-3.6.0
+COMPILED := TRITON_CACHE_DIR=$(CURDIR)/build/triton-cache \
+  FASTMETA_TEST_TRITON="$${FASTMETA_TEST_TRITON-$$(ls -d $(OLD_TRITON) 2>/dev/null)}"
 
 .PHONY: demo test test-full asan bench results docs lint clean
 
@@ -28,19 +36,28 @@ $(READY): pyproject.toml setup.py $(SOURCES)
 	  if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi; \
 	fi
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(HAS_TRITON) || $(BIN)/pip install -q --disable-pip-version-check triton==3.9.0
 	@$(BIN)/pip install -q --disable-pip-version-check -e ".[test]"
 	@touch $@
+
+# Without it, tests under it are skipped, unless FASTMETA_TEST_TRITON names it.
+$(OLD_TRITON): | $(READY)
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then rm -rf $@.part; \
+	  $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@.part triton==3.6.0 && mv $@.part $@ \
+	    || echo "triton 3.6.0 could not be had: tests under it are skipped"; fi
 
 demo: $(READY)
 	@if [ -f $(DEMO)/config.json ]; then $(BIN)/fastmeta train images --out $(DEMO) --resume; \
 	else $(BIN)/fastmeta train images --data text --out $(DEMO); fi
 	@$(BIN)/fastmeta eval $(DEMO) --count 100
 
-test: $(READY)
-	@$(PYTEST) -m "not slow"
+test: $(READY) $(OLD_TRITON)
+	@$(COMPILED) $(PYTEST) -m "not slow"
+	@! $(HAS_TRITON) || $(INTERPRETED) $(KERNELS) -m "not slow and not slow_interpreted"
 
-test-full: $(READY)
-	@$(PYTEST) --timeout 1800
+test-full: $(READY) $(OLD_TRITON)
+	@$(COMPILED) $(PYTEST) --timeout 1800
+	@! $(HAS_TRITON) || $(INTERPRETED) $(KERNELS) --timeout 1800
 
 # The tests run from build/asan: python -m pytest puts that folder, and with it the copied package, first.
 asan: $(READY)

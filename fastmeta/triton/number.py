@@ -102,8 +102,8 @@ def held(a):
 
 @triton.jit
 def dot(a, b, acc, MODE: tl.constexpr):
-    """``acc + a b`` of operands."""
-    if MODE == "fp32":
+    """``acc + a b`` of operands; "bf16x3" are three products of float32 in halves, 2⁻¹⁶ off."""
+    if MODE == "fp32" or (INTERP and MODE == "bf16x3"):
         return tl.dot(a, b, acc, input_precision="tf32x3", out_dtype=acc.dtype)
     elif MODE == "bf16x3":
         return tl.dot(a, b, acc, input_precision="bf16x3", out_dtype=acc.dtype)
