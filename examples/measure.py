@@ -6,7 +6,7 @@ difference in result, and time and memory of an outer step, at T = 16, N = 1024,
 Time: medians over rounds in which all take their turn, in one process; wall clock, and in brackets
 CPU seconds, which a busy machine distorts less. Peak memory: growth of the resident set over one
 outer step in a process of its own, the worker's working memory with it; tensors saved for
-backward at a time are counted exactly, but hold neither that nor what torch.func keeps, which does
+backward at a time are counted exactly, but hold neither that (so that fm.MAML has no ratio) nor what torch.func keeps, which does
 not let them be counted. JAX's memory is XLA's own figure of temporaries; jax takes all cores.
 """
 
@@ -226,7 +226,9 @@ def rows(peer: str, threads: int, rounds: int) -> Iterator[str]:
             value, peers = used[way][kind], used["before"][kind]
             if value is None:
                 cells.append("")
-            elif way == "before" or peers is None:
+            elif (
+                way == "before" or peers is None or (kind == "saved" and way in ("after", "least"))
+            ):
                 cells.append(f"{value:.1f} MB")
             else:
                 less = f"1/{peers / value:.0f}" if value > 0 else "none"
@@ -254,10 +256,12 @@ def main() -> None:
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for peer in args.peers:
         try:
-            for row in rows(peer, args.threads, args.rounds):
-                print(row, flush=True)
-        except ImportError as error:
+            ways(peer)
+        except Exception as error:  # learn2learn: RuntimeError where torchvision is not torch's
             print(f"{peer} is left out: {error}", file=sys.stderr)
+            continue
+        for row in rows(peer, args.threads, args.rounds):
+            print(row, flush=True)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     print(f"\ntorch {torch.__version__}, {args.threads} threads, load {load:.1f}")
 
