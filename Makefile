@@ -1,5 +1,6 @@
 # make demo    set everything up, meta-train on rendered text (42 seconds on two cores), evaluate, show where
 # make test    set everything up, run the tests          make test-full   with the slow ones
+# make test-peers   examples/ against higher, TorchOpt, JAX and haiku, in an environment of its own (.venv-peers)
 # make asan    the CPU worker's tests under AddressSanitizer and UBSan, every instruction set (built aside, build/asan)
 # make bench   benchmarks, rows to benchmarks/results.csv   make lint       ruff and mypy
 # make docs    the documentation as pages, its gallery made by running it: docs/_build/html/index.html
@@ -18,7 +19,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.9" || e
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo test test-full asan bench results docs lint clean
+.PHONY: demo test test-full test-peers peers-here asan bench results docs lint clean
 
 SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
@@ -41,6 +42,14 @@ test: $(READY)
 
 test-full: $(READY)
 	@$(PYTEST) --timeout 1800
+
+# VENV=.venv-peers, and the rules above make it. Every peer of the extra must be there.
+test-peers:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-peers peers-here
+
+peers-here: $(READY)
+	@$(BIN)/pip install -q --disable-pip-version-check "fastmeta[peers]"
+	@FASTMETA_TEST_PEERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_examples.py -rs
 
 # The tests run from build/asan: python -m pytest puts that folder, and with it the copied package, first.
 asan: $(READY)
@@ -75,4 +84,4 @@ lint: $(READY)
 	@$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/demo docs/_build docs/auto_gallery
+	rm -rf $(VENV) $(VENV)-peers build dist *.egg-info runs/demo docs/_build docs/auto_gallery
