@@ -5,9 +5,9 @@ difference in result, and time and memory of an outer step, at T = 16, N = 1024,
 
 Time: medians over rounds in which all take their turn, in one process; wall clock, and in brackets
 CPU seconds, which a busy machine distorts less. Peak memory: growth of the resident set over one
-outer step in a process of its own, the worker's working memory with it; tensors saved for
-backward at a time are counted exactly, but hold neither that (so that fm.MAML has no ratio) nor what torch.func keeps, which does
-not let them be counted. JAX's memory is XLA's own figure of temporaries; jax takes all cores.
+outer step in a process of its own, the worker's working memory with it; of JAX, which takes all
+cores, XLA's own figure of temporaries. Saved tensors: those that torch holds for backward at a
+time, counted exactly; the worker's memory is not in them, nor does torch.func let them be counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def ways(peer: str) -> dict[str, Callable[..., dict[str, Tensor]]]:
 
     before, after = script("before"), script("after")
     if peer == "learnit":
-        path = Path(tempfile.mkdtemp()) / "start.pkl"
+        path = Path(_folder().name) / "start.pkl"
         before.checkpoint(path)
         return {way: partial(of.main, path) for way, of in (("before", before), ("after", after))}
     made = {
@@ -79,6 +79,12 @@ def ways(peer: str) -> dict[str, Callable[..., dict[str, Tensor]]]:
     if (HERE / peer / "idiom.py").exists():
         made["idiom"] = script("idiom").main
     return {way: made[way] for way in WAYS if way in made}
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """A folder for the checkpoint, as long as this process lives."""
+    return tempfile.TemporaryDirectory()
 
 
 def changed(peer: str, way: str) -> str:
