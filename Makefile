@@ -1,5 +1,6 @@
 # make demo    set everything up, meta-train on rendered text (42 seconds on two cores), evaluate, show where
 # make test    set everything up, run the tests          make test-full   with the slow ones
+# make test-peers   examples/ against higher, TorchOpt, JAX and haiku, in an environment of its own (.venv-peers)
 # make asan    the CPU worker's tests under AddressSanitizer and UBSan, every instruction set (built aside, build/asan)
 # make bench   benchmarks, rows to benchmarks/results.csv   make lint       ruff and mypy
 # make docs    the documentation as pages, its gallery made by running it: docs/_build/html/index.html
@@ -26,7 +27,7 @@ OLD_TRITON := build/triton-3.6.0
 COMPILED := TRITON_CACHE_DIR=$(CURDIR)/build/triton-cache \
   FASTMETA_TEST_TRITON="$${FASTMETA_TEST_TRITON-$$(ls -d $(OLD_TRITON) 2>/dev/null)}"
 
-.PHONY: demo test test-full asan bench results docs lint clean
+.PHONY: demo test test-full test-peers peers-here asan bench results docs lint clean
 
 SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
@@ -58,6 +59,14 @@ test: $(READY) $(OLD_TRITON)
 test-full: $(READY) $(OLD_TRITON)
 	@$(COMPILED) $(PYTEST) --timeout 1800
 	@! $(HAS_TRITON) || $(INTERPRETED) $(KERNELS) --timeout 1800
+
+# VENV=.venv-peers, and the rules above make it. Every peer of the extra must be there.
+test-peers:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-peers peers-here
+
+peers-here: $(READY)
+	@$(BIN)/pip install -q --disable-pip-version-check "fastmeta[peers]"
+	@FASTMETA_TEST_PEERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_examples.py -rs
 
 # The tests run from build/asan: python -m pytest puts that folder, and with it the copied package, first.
 asan: $(READY)
@@ -92,4 +101,4 @@ lint: $(READY)
 	@$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/demo docs/_build docs/auto_gallery
+	rm -rf $(VENV) $(VENV)-peers build dist *.egg-info runs/demo docs/_build docs/auto_gallery
