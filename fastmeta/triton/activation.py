@@ -73,9 +73,9 @@ def exact_sincos(p):
     q = quarters.to(tl.int32)
     s = r * r
     a = ((-1.9515295891e-4 * s + 8.3321608736e-3) * s - 1.6666654611e-1) * (s * r) + r
-    b = ((2.443315711809948e-5 * s - 1.388731625493765e-3) * s + 4.166664568298827e-2) * (
-        s * s
-    ) + (1.0 - 0.5 * s)
+    b = ((2.443315711809948e-5 * s - 1.388731625493765e-3) * s + 4.166664568298827e-2) * (s * s) + (
+        1.0 - 0.5 * s
+    )
     sine = tl.where((q & 1) == 0, a, b)
     cosine = tl.where((q & 1) == 0, b, a)
     return tl.where((q & 2) == 0, sine, -sine), tl.where(((q + 1) & 2) == 0, cosine, -cosine)

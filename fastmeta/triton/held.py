@@ -10,6 +10,7 @@ from torch import Tensor
 from . import plan, resident, sums
 from .launch import launch
 from .plan import Constants, empty, up
+from .stream import Stream
 from .sums import Operands, ones, stride
 
 
@@ -193,7 +194,5 @@ def network(
     grad: bool = True,
 ) -> Any:
     """A ``Held`` where the table has a tile for it, else a ``Stream``."""
-    from .stream import Stream
-
     kind = Stream if plan.resident_tile(c, dual) is None else Held
     return kind(c, tasks, points, like, dual=dual, keep=keep, grad=grad)

@@ -416,8 +416,28 @@ def back(
                 dgh = dot(dl[0], dw, dgh, "fp32")
             de = mul(slope, (gh, dgh), DUAL)
             _delta_out(
-                de, x, dx, thin, dthin, delta, ddelta, src, where, n, r, real, vs, L - 2,
-                D, W, MODE, ENCODED, DUAL, XDUAL, WANT_X, REAL,
+                de,
+                x,
+                dx,
+                thin,
+                dthin,
+                delta,
+                ddelta,
+                src,
+                where,
+                n,
+                r,
+                real,
+                vs,
+                L - 2,
+                D,
+                W,
+                MODE,
+                ENCODED,
+                DUAL,
+                XDUAL,
+                WANT_X,
+                REAL,
             )
 
         # through the hidden layers
@@ -452,8 +472,28 @@ def back(
                 _, slope = activate(kz, kdz, ACT, w0, MODE, REAL, DUAL)
                 de = mul(slope, (gh, dgh), DUAL)
                 _delta_out(
-                    de, x, dx, thin, dthin, delta, ddelta, dst, where, n, r, real, vs, l - 1,
-                    D, W, MODE, ENCODED, DUAL, XDUAL, WANT_X, REAL,
+                    de,
+                    x,
+                    dx,
+                    thin,
+                    dthin,
+                    delta,
+                    ddelta,
+                    dst,
+                    where,
+                    n,
+                    r,
+                    real,
+                    vs,
+                    l - 1,
+                    D,
+                    W,
+                    MODE,
+                    ENCODED,
+                    DUAL,
+                    XDUAL,
+                    WANT_X,
+                    REAL,
                 )
 
         if WANT_X:
@@ -510,9 +550,28 @@ def back(
 
 @triton.jit
 def _delta_out(
-    de, x, dx, thin, dthin, delta, ddelta, at, where, n, r, real, vs, layer,
-    D: tl.constexpr, W: tl.constexpr, MODE: tl.constexpr, ENCODED: tl.constexpr,
-    DUAL: tl.constexpr, XDUAL: tl.constexpr, WANT_X: tl.constexpr, REAL: tl.constexpr,
+    de,
+    x,
+    dx,
+    thin,
+    dthin,
+    delta,
+    ddelta,
+    at,
+    where,
+    n,
+    r,
+    real,
+    vs,
+    layer,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    MODE: tl.constexpr,
+    ENCODED: tl.constexpr,
+    DUAL: tl.constexpr,
+    XDUAL: tl.constexpr,
+    WANT_X: tl.constexpr,
+    REAL: tl.constexpr,
 ):
     """Stores δ of a hidden layer for the products to come, and its thin sums: b̄, and W̄ of a first
     layer on bare coordinates."""
@@ -548,9 +607,21 @@ def _store_delta(de, delta, ddelta, where, MODE: tl.constexpr, DUAL: tl.constexp
 
 @triton.jit
 def _features_back(
-    delta, ddelta, first, dfirst, at, r, e,
-    EP: tl.constexpr, WP: tl.constexpr, MODE: tl.constexpr, FIRST: tl.constexpr,
-    DUAL: tl.constexpr, REAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    delta,
+    ddelta,
+    first,
+    dfirst,
+    at,
+    r,
+    e,
+    EP: tl.constexpr,
+    WP: tl.constexpr,
+    MODE: tl.constexpr,
+    FIRST: tl.constexpr,
+    DUAL: tl.constexpr,
+    REAL: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
     BE: tl.constexpr,
 ):
     """``h̄_0 = W_1ᵀ δ_1`` for BE features, and its tangent."""

@@ -90,7 +90,7 @@ def loaded(a, MODE: tl.constexpr):
 
 
 @triton.jit
-def held(a):
+def once(a):
     """a, float32, computed once: the compiler would rather compute it again in every layout that
     asks for it than move it, sines and all."""
     if INTERP or a.dtype == tl.float64:

@@ -54,7 +54,13 @@ class Seen:
     """
 
     def __init__(
-        self, c: Constants, batch: Batch, *, dual: bool = False, grad: bool = True, back: bool = True
+        self,
+        c: Constants,
+        batch: Batch,
+        *,
+        dual: bool = False,
+        grad: bool = True,
+        back: bool = True,
     ) -> None:
         self.c, self.batch, self.dual, self.back = c, batch, dual, back
         n = batch.per_step or batch.points
@@ -201,9 +207,7 @@ class Inner:
         self.losses = empty(params, real, K, T)
         self.thetas = empty(params, real, K + 1 if keep else 1, T, P)
         sets = K if keep_state else min(K, 1)
-        self.states = [
-            tuple(empty(params, real, T, P) for _ in rule.state) for _ in range(sets)
-        ]
+        self.states = [tuple(empty(params, real, T, P) for _ in rule.state) for _ in range(sets)]
         self.zero = tuple(torch.zeros(T, P, dtype=real, device=params.device) for _ in rule.state)
         self.updates = empty(params, real, K, T, P) if keep_updates else None
         self.coefficients = _coefficients(rule, K, real, params.device)

@@ -203,7 +203,7 @@ def resident_tile(c: Constants, dual: bool) -> Tile | None:
     shared memory. Blocks of 32 points: at 64 it spilled 400 bytes and more at width 64 (sm_90)."""
     WP, L = c.width, c.net.depth
     features = c.features if c.encoded else 0
-    if WP > 64 or features > 64 or c.net.out_features > 16 or L > (6, 4)[dual]:
+    if WP > 64 or features > 64 or c.net.out_features > 16 or L > (4 if dual else 6):
         return None
     if WP == 64 and (c.mode == "fp32" or (dual and c.mode == "tf32")):
         return None
@@ -240,9 +240,7 @@ def row_bytes(c: Constants, real: torch.dtype, dual: bool, keep: bool = True) ->
     return size + real.itemsize * (4 if dual else 2) * 2 * c.net.out_features
 
 
-def task_bytes(
-    c: Constants, points: int, real: torch.dtype, dual: bool, back: bool = True
-) -> int:
+def task_bytes(c: Constants, points: int, real: torch.dtype, dual: bool, back: bool = True) -> int:
     """Bytes of buffers a task needs, one partial sum of the weights included."""
     total = row_bytes(c, real, dual, back) * up(points, 128)
     if back:

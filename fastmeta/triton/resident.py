@@ -1,7 +1,8 @@
 """Kernel of the resident network: width ≤ 64, depth ≤ 6; activations never leave the registers.
 
     forward, ȳ or the loss, backward and all sums over points, in one launch:
-    z_l = W_l h_{l-1} + b_l;  δ_l = φ'(z_l) h̄_l;  W̄_l = Σ δ_l h_{l-1}ᵀ;  b̄_l = Σ δ_l;  h̄_{l-1} = W_lᵀ δ_l
+    z_l = W_l h_{l-1} + b_l
+    δ_l = φ'(z_l) h̄_l,  W̄_l = Σ δ_l h_{l-1}ᵀ,  b̄_l = Σ δ_l,  h̄_{l-1} = W_lᵀ δ_l
 
 A program owns the points of one split of one task and walks them BM at a time. Weights are read
 once, as operands; W̄ and b̄ are added up in registers over all its points (b̄ by products with
@@ -18,10 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import activate, curve
+from .activation import activate
 from .loss import loss_slope
 from .mlp import features
-from .number import dot, held, loaded, mul, operand
+from .number import dot, loaded, mul, once, operand
 
 
 @triton.jit
@@ -191,20 +192,20 @@ def resident(
         dkept = (0,)
         for i in tl.static_range(L - 2):
             if DUAL:
-                kept = (held(z),) + kept
-                dkept = (held(dz),) + dkept
-                a = operand(held(h[0]), MODE)
+                kept = (once(z),) + kept
+                dkept = (once(dz),) + dkept
+                a = operand(once(h[0]), MODE)
             else:
-                a = operand(held(h[0]), MODE)
+                a = operand(once(h[0]), MODE)
                 kept = (a,) + kept
-                dkept = (held(slope[0]),) + dkept
+                dkept = (once(slope[0]),) + dkept
             w = tl.trans(ws[i])
             z = dot(a, w, tl.zeros((BM, WP), REAL), MODE)
             b0 = (E + 1) * W + i * HIDDEN + W * W
             z += _row(theta, b0 + n, inside, vs, False)[None, :]
             if DUAL:
                 dz = dot(a, tl.trans(dws[i]), tl.zeros((BM, WP), REAL), MODE)
-                dz = dot(operand(held(h[1]), MODE), w, dz, MODE)
+                dz = dot(operand(once(h[1]), MODE), w, dz, MODE)
                 dz += _row(dtheta, b0 + n, inside, vs, True)[None, :]
             h, slope = activate(z, dz, ACT, W0, MODE, REAL, DUAL)
         zl = dot(h[0], tl.trans(wl), tl.zeros((BM, CP), REAL), "fp32") + bl[None, :]

@@ -19,6 +19,7 @@ from .sums import Operands, ones, stride
 
 _REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
+
 class Stream:
     """T tasks of N points through one network.
 
