@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -164,6 +164,11 @@ def small_shared() -> bool:
     return architecture() in (86, 89, 120, 121)
 
 
+def classic_products() -> bool:
+    """Whether operands of products stand in registers (mma.sync)."""
+    return architecture() < 90 or small_shared()
+
+
 @lru_cache(maxsize=16)
 def _capability(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
@@ -185,17 +190,21 @@ class Tile:
 
 def stream_tiles(c: Constants, dual: bool) -> tuple[Tile, Tile]:
     """Of ``ahead`` and ``back``: the same points; accumulators of points × columns, twice where
-    dual. Before sm_90 operands of the products stand in registers, so that blocks are smaller."""
-    WP, old = c.width, architecture() < 90
-    wide = c.mode in ("fp16", "bf16")
-    depth, last = (64 if wide else 32), (16 if old else 32)
+    dual. Where the operands of products stand in registers (mma.sync: before sm_90, and on consumer
+    GPUs), blocks are smaller; so they are for fp32, whose operands are three times as many."""
+    WP, wide = c.width, c.mode in ("fp16", "bf16")
+    classic = classic_products()
+    heavy = dual and not wide
+    points = 128 if wide and not dual else 32 if heavy and classic else 64
+    depth = 64 if wide and not (dual and classic) else 32
+    last = 16 if classic or heavy else 32
     if WP <= 64:
-        depth = min(WP, depth)
-        return Tile(64, WP, depth, 4, 2, last), Tile(64, WP, depth, 4, 2, last)
-    points = 128 if wide and not dual else 64
-    stages = 3 if wide else 2
-    columns = 256 if WP == 256 and wide and not dual else 128
-    return Tile(points, columns, depth, 8, stages, last), Tile(points, 128, depth, 8, stages, last)
+        tile = Tile(min(points, 64), WP, min(WP, depth), 4, 2, last)
+        return tile, tile
+    stages = 3 if wide and not classic else 2
+    columns = 256 if WP == 256 and points == 128 and not classic else 128
+    ahead = Tile(points, 64 if heavy and not classic else columns, depth, 8, stages, last)
+    return ahead, replace(ahead, columns=min(ahead.columns, 128))
 
 
 def resident_tile(c: Constants, dual: bool) -> Tile | None:
@@ -203,7 +212,7 @@ def resident_tile(c: Constants, dual: bool) -> Tile | None:
     shared memory. Blocks of 32 points: at 64 it spilled 400 bytes and more at width 64 (sm_90)."""
     WP, L = c.width, c.net.depth
     features = c.features if c.encoded else 0
-    if WP > 64 or features > 64 or c.net.out_features > 16 or L > (4 if dual else 6):
+    if WP > 64 or features > 64 or c.net.out_features > 16 or (4 if dual else 6) < L:
         return None
     if WP == 64 and (c.mode == "fp32" or (dual and c.mode == "tf32")):
         return None
@@ -217,13 +226,14 @@ def weigh_tile(c: Constants, features: bool, dual: bool, both: bool) -> Tile:
     """Of ``weigh``: blocks of (points: rows of W, columns: its columns) over ``depth`` points a
     turn; both: the gradient beside its tangent."""
     inner = c.features if features else c.width
-    wide = c.mode in ("fp16", "bf16")
-    depth = 64 if wide else 32
-    small = both or (dual and architecture() < 90) or not wide
+    wide, classic = c.mode in ("fp16", "bf16"), classic_products()
+    small = both or not wide or (dual and classic)
+    depth = 32 if not wide or (dual and classic) else 64
     rows = min(c.width, 64 if small else 128)
-    columns = min(inner, 256 if wide and not dual and inner == 256 else 128)
+    columns = min(inner, 256 if wide and not dual and not classic and inner == 256 else 128)
     columns = columns if inner % columns == 0 else 64
-    return Tile(rows, columns, depth, 8 if rows * columns >= 64 * 128 else 4, 3 if wide else 2)
+    stages = 3 if wide and not classic else 2
+    return Tile(rows, columns, depth, 8 if rows * columns >= 64 * 128 else 4, stages)
 
 
 # Memory ---
