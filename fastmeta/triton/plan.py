@@ -17,7 +17,7 @@ from ..spec import MLP, encoding_tensors
 BARE = 4
 # Programs that fill a GPU once: an H200 has 132 multiprocessors.
 PROGRAMS = 132
-# Bytes of buffers in a call where max_memory is None.
+# Bytes of buffers in a call where max_memory is None: this, and at most an eighth of the device's.
 DEFAULT_MEMORY = 4 * 2**30
 
 OPERANDS = {
@@ -252,17 +252,28 @@ def row_bytes(c: Constants, real: torch.dtype, dual: bool, keep: bool = True) ->
 
 def task_bytes(c: Constants, points: int, real: torch.dtype, dual: bool, back: bool = True) -> int:
     """Bytes of buffers a task needs, one partial sum of the weights included."""
+    numbers = 2 if dual else 1
+    weights = max(0, c.net.depth - 2) * c.width**2 + c.encoded * c.width * c.features
+    if resident_tile(c, dual) is not None:
+        sums = weights + c.thin if back else 0
+        return numbers * real.itemsize * (points * c.net.out_features + sums)
     total = row_bytes(c, real, dual, back) * up(points, 128)
     if back:
-        weights = max(0, c.net.depth - 2) * c.width**2 + c.encoded * c.width * c.features
         tiles = -(-points // stream_tiles(c, dual)[0].points)
-        total += (2 if dual else 1) * real.itemsize * (weights + tiles * c.thin)
+        total += numbers * real.itemsize * (weights + tiles * c.thin)
     return total
 
 
-def chunks(tasks: int, per_task: int, budget: int | None) -> Iterator[slice]:
+def default_memory(device: torch.device) -> int:
+    """Bytes of buffers in a call where max_memory is None."""
+    if device.type != "cuda":
+        return DEFAULT_MEMORY
+    return min(DEFAULT_MEMORY, torch.cuda.get_device_properties(device).total_memory // 8)
+
+
+def chunks(tasks: int, per_task: int, budget: int) -> Iterator[slice]:
     """Tasks that fit the budget at a time; always one at least."""
-    fit = max(1, (DEFAULT_MEMORY if budget is None else budget) // max(per_task, 1))
+    fit = max(1, budget // max(per_task, 1))
     count = -(-tasks // fit)
     size = -(-tasks // count)  # equal chunks
     for start in range(0, tasks, size):
