@@ -144,6 +144,7 @@ def agrees(net, tasks, points, *, x_too=True, seed=0):
     passes, batch = Passes("fp32"), fm.Batch(x, y)
     pairs = [
         ((passes.mlp(net, p, x),), (reference.mlp(net, p, x),)),
+        ((passes.loss(net, p, batch),), (reference.loss(net, p, batch),)),
         (passes.loss_grad(net, p, batch), reference.loss_grad(net, p, batch)),
         (passes.loss_hvp(net, p, v, batch), reference.loss_hvp(net, p, v, batch)),
     ]
