@@ -19,6 +19,9 @@ ENCODED = "features, their cosines and tangents are made again beside two accumu
 
 # (label, kernel, architecture): (bytes under 3.9, under 3.6, reason); the first match counts.
 SPILLS: dict[tuple[str, str, int], tuple[int, int, str]] = {
+    ("* loss", "back", 80): (0, 0, DUAL),
+    ("* loss", "back", 90): (0, 0, DUAL),
+    ("* loss", "back", 100): (0, 0, DUAL),
     ("siren H64 fp32 *", "ahead", 80): (64, 64, SPLIT),
     ("siren H512 fp32 hvp", "ahead", 80): (64, 64, SPLIT),
     ("nerf H256 fp32 double", "ahead", 80): (64, 64, ENCODED),
@@ -43,7 +46,7 @@ SPILLS: dict[tuple[str, str, int], tuple[int, int, str]] = {
     ("nerf H256 bf16 double", "ahead", 90): (576, 576, ENCODED),
     ("nerf H256 fp32 double", "ahead", 90): (384, 384, ENCODED),
     ("nerf H256 fp32 hvp", "ahead", 90): (128, 128, ENCODED),
-    ("siren H* fp32 *", "ahead", 90): (64, 64, SPLIT),
+    ("siren H* fp32 *", "ahead", 90): (64, 128, SPLIT),
     ("siren H16 fp32 *", "back", 90): (256, 256, SPLIT),
     ("siren H128 fp32 hvp", "back", 90): (128, 128, SPLIT),
     ("siren H32 fp32 hvp", "back", 90): (128, 128, SPLIT),
@@ -59,14 +62,22 @@ SPILLS: dict[tuple[str, str, int], tuple[int, int, str]] = {
     ("siren H64 fp32 both", "weigh", 90): (128, 128, SPLIT),
     ("siren H* fp32 *", "weigh", 90): (64, 64, SPLIT),
     ("siren H32 bf16 hvp", "weigh", 90): (64, 64, DUAL),
+    ("fourier H256 fp32 *", "weigh", 100): (128, 128, ENCODED),
+    ("nerf H256 fp32 double", "weigh", 100): (448, 448, ENCODED),
+    ("nerf H* fp32 *", "weigh", 100): (128, 128, ENCODED),
+    ("deep H64 bf16 hvp", "ahead", 100): (64, 64, DUAL),
+    ("nerf H256 bf16 double", "weigh", 100): (64, 64, ENCODED),
     ("siren H64 bf16 *", "ahead", 100): (64, 64, DUAL),
     ("* H16 fp32 *", "back", 100): (256, 256, SPLIT),
     ("* H32 fp32 *", "back", 100): (256, 256, SPLIT),
     ("* H64 fp32 *", "back", 100): (256, 256, SPLIT),
     ("* fp32 *", "back", 100): (64, 64, SPLIT),
-    ("siren H256 *", "back", 100): (128, 128, DUAL),
+    ("siren H256 *", "back", 100): (192, 192, DUAL),
     ("siren H64 tf32 hvp", "back", 100): (192, 192, DUAL),
     ("siren H64 bf16 double", "back", 100): (64, 64, DUAL),
+    ("nerf H256 bf16 *", "back", 100): (64, 64, DUAL),
+    ("fourier H256 bf16 *", "back", 100): (64, 64, DUAL),
+    ("siren H512 *", "back", 100): (128, 128, DUAL),
     ("siren H16 fp32 plain", "resident", 100): (320, 320, HELD),
     ("siren H32 fp32 plain", "resident", 100): (448, 448, HELD),
     ("siren H16 bf16 plain", "resident", 100): (64, 64, HELD),
@@ -85,9 +96,10 @@ def _limits(label: str, kernel: str, arch: int, stack: int) -> dict[str, Any]:
     if kernel == "draw_rays":
         limits["F64"] = 2
     least = {}
-    if kernel in ("ahead", "back") and arch in WARPGROUP:
+    products = not (kernel == "back" and label.endswith(" loss"))
+    if kernel in ("ahead", "back") and arch in WARPGROUP and products:
         least[WARPGROUP[arch]] = 1
-    if kernel in PRODUCTS and arch == 80:
+    if kernel in PRODUCTS and arch == 80 and products:
         least["HMMA"] = 1
         if kernel != "resident" and ("bf16" in label or "fp16" in label):
             least["LDSM"] = 1
@@ -101,6 +113,6 @@ def budgets(old: bool) -> dict[tuple[str, str, int], dict[str, Any]]:
         table[label, kernel, arch] = _limits(label, kernel, arch, before if old else new)
     for arch in (80, 90, 100):
         for kernel in (*PRODUCTS, *OTHERS):
-            for label in ("* bf16 *", "* fp16 *", "*"):
+            for label in ("* loss", "* bf16 *", "* fp16 *", "*"):
                 table.setdefault((label, kernel, arch), _limits(label, kernel, arch, 0))
     return table

@@ -7,6 +7,7 @@ is theirs, the rest is streamed. Passes:
     hvp       the same on dual numbers, for the Hessian-vector product
     both      hvp, and the gradient beside it
     points    forward alone
+    loss      forward and loss
     x         plain from ȳ, with x̄
     double    dual in x too, with the tangent of x̄
 
@@ -31,7 +32,7 @@ from fastmeta.triton.sums import Operands, shade
 
 WIDTHS = (16, 32, 64, 128, 256, 512)
 MODES = ("fp32", "tf32", "fp16", "bf16")
-PASSES = ("plain", "hvp", "both", "points", "x", "double")
+PASSES = ("plain", "hvp", "both", "points", "loss", "x", "double")
 TASKS, POINTS = 3, 1000
 
 NETS = {
@@ -59,7 +60,7 @@ def walked(net: fm.MLP, mode: str, what: str) -> None:
         POINTS,
         y,
         dual=dual,
-        keep=what != "points",
+        keep=what not in ("points", "loss"),
         grad=what in ("plain", "both", "x"),
         **({"tangent_x": what == "double", "want_x": True} if xs else {}),
     )
@@ -77,7 +78,9 @@ def walked(net: fm.MLP, mode: str, what: str) -> None:
         s.backward(y)
     else:
         counts = _numbers(TASKS, dtype=torch.int32)
-        s.descend(theta, operands, x, y, ("mse", None), counts, v, along)
+        s.descend(theta, operands, x, y, ("mse", None), counts, v, along, back=what != "loss")
+        if what == "loss":
+            return
     s.gradient(theta, tangent=dual)
     if what == "plain":
         s.advance(fm.rules.SGD(), theta, theta, _numbers(1), (), (), theta, operands)
