@@ -84,6 +84,17 @@ def test_meta_gradient_and_rate_gradient(impl, net, order, tasks, steps, rule):
         assert maml.inner_lr.grad.shape == lr.shape and error(maml.inner_lr.grad, rate.grad) < 1e-9
 
 
+def test_the_loss_is_the_same_without_a_gradient(impl):
+    """Evaluation under no_grad takes another way through the workers."""
+    net, batch = NETS["sine"], batch_of(2)
+    maml = fm.MAML(net, 2, 1e-2, init=parameters(net, 1)[0], impl=impl)
+    with torch.no_grad():
+        alone = maml(batch)
+    assert error(alone, maml(batch)) < 1e-14
+    theta = fm.adapt(net, parameters(net, 1)[0], batch, 2, 1e-2, impl=impl).params
+    assert error(alone, fm.loss_grad(net, theta, batch.query, impl=impl)[0].mean()) < 1e-14
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_without_query_the_support_set_is_the_query(impl, order):
     net, batch = NETS["sine"], batch_of(2, query=False)

@@ -340,6 +340,23 @@ def test_ray_jitter_is_the_named_one(impl):
     assert error(rendered, rgb) > 1e-4  # render draws step 0
 
 
+def test_inputs_need_not_be_dense(impl):
+    """Transposed coordinates, targets repeated by expand, columns of a wider matrix."""
+    net = fm.siren(2, 3, 9, 3, 5.0)
+    p = parameters(net, 2)
+    x, y = rand(2, 2, 20).mT, rand(1, 20, 3).expand(2, -1, -1)
+    for a, b in ((x, y), (rand(2, 20, 5)[..., 1:3], rand(2, 3, 20).mT), (rand(2, 20).mT, y)):
+        batch, dense = fm.Batch(a, b), fm.Batch(a.contiguous(), b.contiguous())
+        wide = torch.cat([p, p], 1)[:, : net.num_params]
+        for got, want in zip(
+            fm.loss_grad(net, wide, batch, impl=impl),
+            fm.loss_grad(net, p, dense, impl=impl),
+            strict=True,
+        ):
+            assert error(got, want) < 1e-15
+        assert error(fm.mlp(net, wide, a, impl=impl), fm.mlp(net, p, dense.x, impl=impl)) < 1e-15
+
+
 def test_detached_results_raise_when_a_gradient_is_asked_for(impl):
     net = fm.siren(2, 3, 9, 3, 5.0)
     batch = fm.Batch(rand(2, 8, 2), rand(2, 8, 3))

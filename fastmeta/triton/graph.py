@@ -33,7 +33,7 @@ class Graphs:
         if not capturable(params):
             return make(c, params, batch, lr, rule, **options).run()
         key: Any = (make, c, _shape(params), _signature(batch), _rate_key(lr), rule)
-        key = (*key, tuple(sorted(options.items())), params.device)
+        key = (*key, tuple(sorted(options.items())), params.device, _stream(params))
         captured = self.kept.pop(key, None)
         if captured is None:
             while len(self.kept) >= KEPT:
@@ -46,6 +46,11 @@ class Graphs:
 def capturable(tensor: Tensor) -> bool:
     """Whether launches on this tensor's device can be captured, and nobody captures already."""
     return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _stream(tensor: Tensor) -> int:
+    """The current stream: loops on two streams share no buffers."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 class _Captured:
@@ -111,7 +116,9 @@ def own(batch: Batch) -> Batch:
     """The same batch over tensors of its own."""
 
     def copy(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        return value.clone(memory_format=torch.contiguous_format)
 
     x, measure = batch.x, batch.measure
     if isinstance(x, Rays):

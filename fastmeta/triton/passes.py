@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
@@ -206,11 +207,11 @@ class Inner:
         self.start = Operands.empty(c, params.shape[0], params)
         self.operands = Operands.empty(c, T, params)
         self.losses = empty(params, real, K, T)
-        self.thetas = empty(params, real, K + 1 if keep else 1, T, P)
+        self.thetas = _rows_apart(params, K + 1 if keep else 1, T, P)
         sets = K if keep_state else min(K, 1)
         self.states = [tuple(empty(params, real, T, P) for _ in rule.state) for _ in range(sets)]
         self.zero = tuple(torch.zeros(T, P, dtype=real, device=params.device) for _ in rule.state)
-        self.updates = empty(params, real, K, T, P) if keep_updates else None
+        self.updates = _rows_apart(params, K, T, P) if keep_updates else None
         self.coefficients = _coefficients(rule, K, real, params.device)
 
     def refresh(self) -> None:
@@ -243,6 +244,12 @@ class Inner:
             )
             theta, operands, state = out, self.operands, after
         return Results(self.theta, self.losses, self.thetas if self.keep else None)
+
+
+def _rows_apart(like: Tensor, steps: int, tasks: int, params: int) -> Tensor:
+    """[steps,T,P], each step's rows at an address that wide loads accept: one kernel for all."""
+    size = tasks * params
+    return empty(like, like.dtype, steps, plan.up(size, 16))[:, :size].unflatten(1, (tasks, params))
 
 
 @lru_cache(maxsize=32)
@@ -712,7 +719,18 @@ def _take(rows: Any, ts: slice) -> Any:
 
 
 def _part(batch: Batch, ts: slice) -> Batch:
-    return batch if ts == slice(0, batch.tasks) else batch.take(ts)
+    """The batch of some tasks, its rows dense."""
+    return _dense(batch if ts == slice(0, batch.tasks) else batch.take(ts))
+
+
+def _dense(batch: Batch) -> Batch:
+    x, y = batch.x, batch.y.contiguous()
+    query = None if batch.query is None else _dense(batch.query)
+    if isinstance(x, Tensor) and not x[0].is_contiguous():
+        x = x.contiguous()
+    if x is batch.x and y is batch.y and query is batch.query:
+        return batch
+    return replace(batch, x=x, y=y, query=query)
 
 
 def _first(operands: Operands, rows: int) -> Operands:

@@ -185,8 +185,8 @@ class Stream:
             "v_stride": stride(self.v),
             "s_stride": stride(self.operands.hidden),
             "ds_stride": stride(self.dual_operands.hidden),
-            "f_stride": stride(self.operands.first),
-            "df_stride": stride(self.dual_operands.first),
+            "f_stride": self.c.encoded * stride(self.operands.first),
+            "df_stride": self.c.encoded * stride(self.dual_operands.first),
             "x_stride": stride(self.x),
         }
         consts = self.c.shapes() | {
