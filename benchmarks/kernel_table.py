@@ -111,8 +111,8 @@ def streamed(c: plan.Constants, T: int, N: int, dual: bool, grad: bool) -> dict[
     ahead, back = plan.stream_tiles(c, dual)
     net, WP, L = c.net, c.width, c.net.depth
     inner, CP, C, D = L - 2, plan.power(c.net.out_features, 16), net.out_features, net.in_features
-    tiles = -(-N // ahead.points)
-    points = T * tiles * ahead.points
+    rows = plan.up(N, max(ahead.points, back.points))
+    tiles, points = rows // back.points, T * rows
     rate, opening, ways = RATES[c.mode], RATES[c.first], 3 if dual else 1
     real = torch.float32
     e, k = c.stored(real).itemsize, c.kept(real).itemsize
@@ -124,7 +124,7 @@ def streamed(c: plan.Constants, T: int, N: int, dual: bool, grad: bool) -> dict[
     last = 2.0 * points * WP * CP / RATES["fp32"]
     wide = (c.features, opening) if c.encoded else (D, FMA)
     first = 2.0 * points * wide[0] * WP / wide[1]
-    streams = T * tiles * WP * WP * inner * e * both  # bytes of weights, once a tile
+    streams = points * WP * WP * inner * e * both  # bytes of weights, once a point: over a tile's
 
     def visits(units: float, functions: float, keep: float = 0.0) -> dict[str, float]:
         polynomial = net.activation == "sine" and not sine
@@ -142,7 +142,7 @@ def streamed(c: plan.Constants, T: int, N: int, dual: bool, grad: bool) -> dict[
         "ahead": Terms(
             weights * ways / rate + last * ways + first * both,
             (unit * (L - 1) * value + points * 4 * (D + 2 * C * both)) / MEMORY,
-            (streams + unit * inner * value * again) / CACHE,
+            (streams / ahead.points + unit * inner * value * again) / CACHE,
             **visits(unit * (inner * again + 1), both, unit * (L - 1)),
         ),
         "back": Terms(
@@ -153,7 +153,7 @@ def streamed(c: plan.Constants, T: int, N: int, dual: bool, grad: bool) -> dict[
                 + 4 * T * tiles * c.thin * both
             )
             / MEMORY,
-            (streams + unit * inner * slope * (WP // back.columns)) / CACHE,
+            (streams / back.points + unit * inner * slope * (WP // back.columns)) / CACHE,
             **visits(unit * (L - 1), both),
         ),
     }

@@ -189,9 +189,10 @@ class Tile:
 
 
 def stream_tiles(c: Constants, dual: bool) -> tuple[Tile, Tile]:
-    """Of ``ahead`` and ``back``: the same points; accumulators of points × columns, twice where
-    dual. Where the operands of products stand in registers (mma.sync: before sm_90, and on consumer
-    GPUs), blocks are smaller; so they are for fp32, whose operands are three times as many."""
+    """Of ``ahead`` and ``back``: accumulators of points × columns, twice where dual; ``back`` holds
+    more beside them, so a dual one has half the points (at 128 it spilled 770 bytes, sm_90). Where
+    the operands of products stand in registers (mma.sync: before sm_90, and on consumer GPUs),
+    blocks are smaller; so they are for fp32, whose operands are three times as many."""
     WP, wide = c.width, c.mode in ("fp16", "bf16")
     classic = classic_products()
     heavy = dual and not wide
@@ -204,7 +205,10 @@ def stream_tiles(c: Constants, dual: bool) -> tuple[Tile, Tile]:
     stages = 3 if wide and not classic else 2
     columns = 256 if WP == 256 and points == 128 and not classic else 128
     ahead = Tile(points, 64 if heavy and not classic else columns, depth, 8, stages, last)
-    return ahead, replace(ahead, columns=min(ahead.columns, 128))
+    back = replace(ahead, columns=min(ahead.columns, 128))
+    if dual and wide and not classic:
+        ahead = replace(ahead, points=128, depth=32, last=16)
+    return ahead, back
 
 
 def resident_tile(c: Constants, dual: bool) -> Tile | None:
@@ -259,7 +263,7 @@ def task_bytes(c: Constants, points: int, real: torch.dtype, dual: bool, back: b
         return numbers * real.itemsize * (points * c.net.out_features + sums)
     total = row_bytes(c, real, dual, back) * up(points, 128)
     if back:
-        tiles = -(-points // stream_tiles(c, dual)[0].points)
+        tiles = -(-points // stream_tiles(c, dual)[1].points)
         total += numbers * real.itemsize * (weights + tiles * c.thin)
     return total
 

@@ -51,8 +51,8 @@ class Stream:
         self.grad, self.tangent_x, self.want_x = grad or not dual, tangent_x, want_x
         self.ahead, self.back = plan.stream_tiles(c, dual)
         real, L, WP, C = like.dtype, c.net.depth, c.width, c.net.out_features
-        self.tiles = -(-points // self.ahead.points)
-        self.NP = self.tiles * self.ahead.points
+        self.NP = up(points, max(self.ahead.points, self.back.points))
+        self.tiles = self.NP // self.back.points
         if self.NP * WP >= 2**31:
             raise ValueError(
                 f"triton: {points} points a task at width {c.net.width}; accepted are "
@@ -106,7 +106,7 @@ class Stream:
         args |= {"z_out": self.z, "dz_out": self.dz, "y_out": self.y, "dy_out": self.dy}
         launch(
             mlp.ahead,
-            (self.T * self.tiles,),
+            (self.T * args["tiles"],),
             args,
             {k: v for k, v in consts.items() if k != "DP"} | {"SLOTS": self.slots},
             warps=self.ahead.warps,
@@ -180,7 +180,7 @@ class Stream:
             "v_scale": self.v_scale,
             "N": self.N,
             "NP": self.NP,
-            "tiles": self.tiles,
+            "tiles": self.NP // tile.points,
             "p_stride": stride(self.params),
             "v_stride": stride(self.v),
             "s_stride": stride(self.operands.hidden),
