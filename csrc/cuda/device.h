@@ -14,6 +14,8 @@
 #include "emulator.h"
 #define FM_DEVICE inline __attribute__((always_inline))
 #define FM_KERNEL
+#define FM_BOUNDS(threads, blocks)
+#define FM_CONSTANT const
 #define FM_UNROLL
 #define FM_UNROLL_8
 #define FM_UNROLL_1
@@ -21,6 +23,9 @@
 #include <cuda_runtime.h>
 #define FM_DEVICE __device__ __forceinline__
 #define FM_KERNEL __global__
+#define FM_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+// read where the launch put it: a copy would lie in each thread's own memory
+#define FM_CONSTANT const __grid_constant__
 #define FM_UNROLL _Pragma("unroll")
 #define FM_UNROLL_8 _Pragma("unroll 8")
 #define FM_UNROLL_1 _Pragma("unroll 1")

@@ -112,72 +112,58 @@ struct Program {
 
   // Plain numbers ---
 
-  FM_DEVICE void single() {
-    const bool given = job.op == Op::k_mlp || job.op == Op::k_mlp_grad;
-    const bool back = job.op != Op::k_mlp && job.op != Op::k_loss;
-    const Pass pass = given ? given_pass(back) : loss_pass(job.data, job.step, back);
-    block.load_parameters(row(job.params, job.params_stride), 0, 1.0f);
-    const float loss = block.run(pass);
-    if (job.loss && block.tid == 0) static_cast<float*>(job.loss)[task] = loss;
-    if (!back) return;
-    float* to = static_cast<float*>(job.grad) + task * P;
-    const float undo = 1.0f / pass.scale;
-    block.each_gradient([&](int i, float g) { to[i] = undo * g; });
-  }
-
   FM_DEVICE void copy(const float* from, float* to) const {
     for (int64_t i = block.tid; i < P; i += S::kThreads) to[i] = from[i];
   }
 
-  FM_DEVICE void inner_loop() {
-    copy(row(job.params, job.params_stride), theta(0));
-    for (int64_t k = 0; k < job.steps; ++k) {
-      FM_MEET();  // θ_k is written
-      block.load_parameters(theta(k), 0, 1.0f);
-      const Pass pass = loss_pass(job.data, k, true);
-      const float loss = block.run(pass), undo = 1.0f / pass.scale;
-      if (job.op == Op::k_adapt && block.tid == 0)
-        static_cast<float*>(job.loss)[k * job.data.tasks + task] = loss;
+  // One inner step's update of parameter i.
+  FM_DEVICE void step(const RuleAt<float>& rule, int64_t k, int i, float g) const {
+    const int states = states_of(job.rule);
+    const float before = theta(k)[i];
+    float s0 = states > 0 && k ? state(0, k - 1)[i] : 0.0f;
+    float s1 = states > 1 && k ? state(1, k - 1)[i] : 0.0f;
+    const float u = rule_step(rule, before, g, s0, s1);
+    if (states > 0) state(0, k)[i] = s0;
+    if (states > 1) state(1, k)[i] = s1;
+    if (job.op == Op::k_maml && job.rates) room[at.updates + k * P + i] = u;
+    theta(k + 1)[i] = before - rate(k, i) * u;
+  }
+
+  // Single passes; the K passes of an inner loop; and for maml one more, of the query, which leaves
+  // λ_K. One loop for all: the pass is compiled once.
+  FM_DEVICE void plain() {
+    const bool meta = job.op == Op::k_maml, loops = meta || job.op == Op::k_adapt;
+    const bool given = job.op == Op::k_mlp || job.op == Op::k_mlp_grad;
+    const bool back = job.op != Op::k_mlp && job.op != Op::k_loss;
+    const int64_t steps = loops ? job.steps : 0, passes = steps + (meta || !loops ? 1 : 0);
+    if (loops) copy(row(job.params, job.params_stride), theta(0));
+    FM_UNROLL_1 for (int64_t k = 0; k < passes; ++k) {
+      if (loops) FM_MEET();  // θ_k is written
+      const bool last = k == steps;
+      const Data& data = meta && last && job.query.tasks ? job.query : job.data;
+      const Pass pass =
+          given ? given_pass(back) : loss_pass(data, loops ? k : job.step, back);
+      block.load_parameters(loops ? theta(k) : row(job.params, job.params_stride), 0, 1.0f);
+      const float loss = block.run(pass);
+      if (job.loss && block.tid == 0 && (last || !meta))
+        static_cast<float*>(job.loss)[(last ? 0 : k * job.data.tasks) + task] = loss;
+      if (!back) return;
+      const float undo = 1.0f / pass.scale;
+      const float share = meta ? undo / static_cast<float>(job.data.tasks) : undo;
+      float* to = meta ? room + at.lambda : static_cast<float*>(job.grad) + task * P;
       const RuleAt<float> rule = rule_at<float>(job.rule, k);
-      const int states = states_of(job.rule);
-      const float* from = theta(k);
-      float *to = theta(k + 1), *updates = job.op == Op::k_maml && job.rates
-                                               ? room + at.updates + k * P
-                                               : nullptr;
       block.each_gradient([&](int i, float g) {
-        const float before = from[i];
-        float s0 = states > 0 && k ? state(0, k - 1)[i] : 0.0f;
-        float s1 = states > 1 && k ? state(1, k - 1)[i] : 0.0f;
-        const float u = rule_step(rule, before, undo * g, s0, s1);
-        if (states > 0) state(0, k)[i] = s0;
-        if (states > 1) state(1, k)[i] = s1;
-        if (updates) updates[i] = u;
-        to[i] = before - rate(k, i) * u;
+        if (last) {
+          to[i] = share * g;
+        } else {
+          step(rule, k, i, undo * g);
+        }
       });
     }
-  }
-
-  FM_DEVICE void adapt() {
-    inner_loop();
-    if (!job.thetas) return;
+    if (meta ? !job.rates || walks : !job.thetas) return;
     FM_MEET();
-    copy(theta(job.steps), static_cast<float*>(job.theta) + task * P);
-  }
-
-  // The inner loop and λ_K; the rates' gradient too where λ stays what it is.
-  FM_DEVICE void meta_forward() {
-    inner_loop();
-    FM_MEET();
-    block.load_parameters(theta(job.steps), 0, 1.0f);
-    const Pass pass = loss_pass(job.query.tasks ? job.query : job.data, job.steps, true);
-    const float loss = block.run(pass);
-    if (block.tid == 0) static_cast<float*>(job.loss)[task] = loss;
-    const float mean = 1.0f / (pass.scale * static_cast<float>(job.data.tasks));
-    float* lambda = room + at.lambda;
-    block.each_gradient([&](int i, float g) { lambda[i] = mean * g; });
-    if (!job.rates || walks) return;
-    FM_MEET();
-    for (int64_t k = job.steps - 1; k >= 0; --k) add_rates(k);
+    if (job.thetas) return copy(theta(steps), static_cast<float*>(job.theta) + task * P);
+    for (int64_t k = steps - 1; k >= 0; --k) add_rates(k);  // λ stays what it is
   }
 
   // ā_k = −λ ⊙ u_k, summed over what the rates share, tasks excepted.
@@ -197,36 +183,7 @@ struct Program {
     if (block.tid == 0) *to = (fresh ? 0.0f : *to) - sum;
   }
 
-  FM_DEVICE void plain() {
-    if (job.op == Op::k_adapt) {
-      adapt();
-    } else if (job.op == Op::k_maml) {
-      meta_forward();
-    } else {
-      single();
-    }
-  }
-
   // Dual numbers ---
-
-  // The pass of a dual op along v, whose power of two joins the tangents; f(i, tangent of ∂L/∂p_i).
-  template <class F>
-  FM_DEVICE void along(Pass pass, const float* params, const float* v, F&& f) {
-    float largest = 0;
-    if (pass.w && S::kMode == Mode::kFp16) {
-      const int64_t count = job.data.points * job.net.in;
-      for (int64_t i = block.tid; i < count; i += S::kThreads) {
-        const float x = abs(pass.w[i]);
-        largest = x > largest ? x : largest;
-      }
-    }
-    pass.along = block.power_for(v, P, largest);
-    block.load_parameters(params, 0, 1.0f);
-    block.load_parameters(v, 1, pass.along);
-    block.run(pass);
-    const float undo = 1.0f / pass.scale / pass.along;
-    block.each_gradient([&](int i, float g) { f(i, undo * g); });
-  }
 
   // ū = −α ⊙ λ through the rule's step k: the direction ḡ of the Hessian-vector product.
   FM_DEVICE void turn_back(int64_t k) {
@@ -250,37 +207,54 @@ struct Program {
     }
   }
 
-  FM_DEVICE void walk() {
+  // Single dual passes, and the walk back: ḡ, H ḡ, λ of one step after the other.
+  FM_DEVICE void dual() {
+    const bool meta = job.op == Op::k_maml, given = job.op == Op::k_mlp_dual;
     float *lambda = room + at.lambda, *direction = room + at.direction;
+    float* to = static_cast<float*>(given ? job.grad : job.hv) + task * P;
     const float decay = job.rule.kind == RuleKind::k_momentum
                             ? static_cast<float>(job.rule.weight_decay)
                             : 0.0f;
-    for (int64_t k = job.steps - 1; k >= 0; --k) {
-      if (job.rates) add_rates(k);
-      turn_back(k);
-      FM_MEET();  // the direction is written
-      along(loss_pass(job.data, k, true), theta(k), direction,
-            [&](int i, float hv) { lambda[i] += hv + decay * direction[i]; });
-      FM_MEET();  // λ is
+    FM_UNROLL_1 for (int64_t k = meta ? job.steps - 1 : 0; k >= 0; --k) {
+      if (meta) {
+        if (job.rates) add_rates(k);
+        turn_back(k);
+        FM_MEET();  // the direction is written
+      }
+      Pass pass = given ? given_pass(true) : loss_pass(job.data, meta ? k : job.step, true);
+      const float* v = meta ? direction : row(job.v, job.v_stride);
+      pass.along = power_along(pass, v);
+      block.load_parameters(meta ? theta(k) : row(job.params, job.params_stride), 0, 1.0f);
+      block.load_parameters(v, 1, pass.along);
+      block.run(pass);
+      const float undo = 1.0f / pass.scale / pass.along;
+      block.each_gradient([&](int i, float g) {
+        if (meta) {
+          lambda[i] += undo * g + decay * direction[i];
+        } else {
+          to[i] = undo * g;
+        }
+      });
+      if (meta) FM_MEET();  // λ is written
     }
   }
 
-  FM_DEVICE void dual() {
-    if (job.op == Op::k_maml) return walk();
-    const bool given = job.op == Op::k_mlp_dual;
-    float* to = static_cast<float*>(given ? job.grad : job.hv) + task * P;
-    along(given ? given_pass(true) : loss_pass(job.data, job.step, true),
-          row(job.params, job.params_stride), row(job.v, job.v_stride),
-          [&](int i, float g) { to[i] = g; });
+  // The power of two on the tangents, from the largest of v and w.
+  FM_DEVICE float power_along(const Pass& pass, const float* v) {
+    float largest = 0;
+    if (pass.w && S::kMode == Mode::kFp16) {
+      const int64_t count = job.data.points * job.net.in;
+      for (int64_t i = block.tid; i < count; i += S::kThreads) {
+        const float x = abs(pass.w[i]);
+        largest = x > largest ? x : largest;
+      }
+    }
+    return block.power_for(v, P, largest);
   }
 };
 
 template <class S>
-FM_KERNEL void
-#if !defined(FM_EMULATE)
-__launch_bounds__(S::kThreads)
-#endif
-    resident(const Job job, float* room) {
+FM_KERNEL void FM_BOUNDS(S::kThreads, S::kBlocks) resident(FM_CONSTANT Job job, float* room) {
   Program<S> program(job, room);
   if constexpr (S::kDual) {
     program.dual();

@@ -35,6 +35,7 @@ struct Shape {
   static constexpr bool kDual = kDual_, kShort = is_short(kMode_);
   static constexpr int kWidth = kH;
   static constexpr int kWarps = kH == 64 ? 8 : 4, kThreads = 32 * kWarps;
+  static constexpr int kBlocks = kH == 64 ? 1 : 2;  // a multiprocessor holds at least
   static constexpr int kPoints = kH == 16   ? 64
                                  : kH == 32 ? (kDual ? 32 : 64)
                                             : (kShort ? 64 : 32) / (kDual ? 2 : 1);
