@@ -1,5 +1,5 @@
-"""Building the CUDA kernels: nvcc once per width and precision, side by side, linked to a module that
-needs neither torch nor a CUDA runtime library.
+"""Building the CUDA kernels: nvcc once per width and precision, side by side, linked to a module
+that needs neither torch nor a CUDA runtime library.
 
 A build is kept in ``$XDG_CACHE_HOME/fastmeta`` (``~/.cache/fastmeta``), in a folder named after all
 that it depends on: fastmeta's version, the sources, the GPU's architecture, Python's ABI. It is

@@ -53,8 +53,8 @@ def _compare_lists(library: ModuleType, remedy: str) -> None:
     for name, names in ours.items():
         if getattr(library, name) != names:
             raise ImportError(
-                f"{library.__name__} lists {name} as {getattr(library, name)}, fastmeta {names}: it "
-                f"was built from other sources; {remedy}"
+                f"{library.__name__} lists {name} as {getattr(library, name)}, fastmeta {names}: "
+                f"it was built from other sources; {remedy}"
             )
 
 
@@ -157,7 +157,8 @@ class _Cuda:
         """The objection of shared memory that is too small for the network."""
         if not torch.cuda.is_available():
             return []
-        has = torch.cuda.get_device_properties().shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties()
+        has = properties.shared_memory_per_block_optin
         precision = case.precision or "fp32"
         dual = case.order > 1 or case.op == "loss_hvp"
         mode = self.precisions.index(precision)

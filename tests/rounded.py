@@ -59,19 +59,19 @@ class Rounded:
     def run(self, layers, x, adjoint):
         """(y, gradients [(W̄, b̄)], x̄) with ``adjoint(y) -> ȳ``; numbers are tensors or Duals."""
         net, h, steps = self.net, x, []
-        for l, (weight, bias) in enumerate(layers):
-            last = l == net.depth - 1
-            w, a = (self.operand(weight), self.operand(h)) if 0 < l and not last else (weight, h)
+        for layer, (weight, bias) in enumerate(layers):
+            last = layer == net.depth - 1
+            w, a = (self.operand(weight), self.operand(h)) if layer and not last else (weight, h)
             z = reference._affine(a, w, bias)
-            name, w0 = (net.output, 1.0) if last else (net.activation, net.frequencies[l])
+            name, w0 = (net.output, 1.0) if last else (net.activation, net.frequencies[layer])
             h, slope = reference.activation(name, z, w0)
             steps.append((a, w, slope if last else self.kept(name, slope, z, w0)))
         y = h + net.output_shift
         g, gradients = adjoint(y), []
-        for l in range(net.depth - 1, -1, -1):
-            a, w, slope = steps[l]
+        for layer in range(net.depth - 1, -1, -1):
+            a, w, slope = steps[layer]
             delta = g if slope is None else slope * g
-            if 0 < l < net.depth - 1:
+            if 0 < layer < net.depth - 1:
                 delta = self.operand(delta, self.scale)
             gradients.append((delta.mT @ a, delta.sum(-2)))
             g = delta @ w

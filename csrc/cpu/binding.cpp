@@ -1,5 +1,7 @@
 // The Python module fastmeta._cpu: structs with writable fields, pointers as integers, and the
 // calls.
+#include "../binding.h"
+
 #include <pybind11/pybind11.h>
 #include <sys/mman.h>
 
@@ -9,7 +11,6 @@
 #include <new>
 #include <string>
 
-#include "../binding.h"
 #include "isa.h"
 
 #if defined(_OPENMP)

@@ -16,9 +16,8 @@ namespace fastmeta {
 namespace {
 
 #define FM_VARIANT(width, mode) &kVariant_##width##_##mode,
-#define FM_ALL(width)                                                               \
-  FM_VARIANT(width, fp32) FM_VARIANT(width, tf32) FM_VARIANT(width, fp16)           \
-  FM_VARIANT(width, bf16)
+#define FM_ALL(width) \
+  FM_VARIANT(width, fp32) FM_VARIANT(width, tf32) FM_VARIANT(width, fp16) FM_VARIANT(width, bf16)
 const Variant* const kVariants[] = {
 #if defined(FM_ONLY)
     FM_ONLY
@@ -67,8 +66,7 @@ PYBIND11_MODULE(FM_MODULE, m) {
   bind_structs(m, [](py::class_<Job>& c) {
     c.def("run", run, "Launch on a stream, in a mode (fp32, tf32, fp16, bf16 are 0 to 3).");
     c.def(
-        "room",
-        [](const Job& job, int mode) { return 4 * find(job.net.width, mode).room(job); },
+        "room", [](const Job& job, int mode) { return 4 * find(job.net.width, mode).room(job); },
         "Bytes of working memory.");
   });
   py::list widths;

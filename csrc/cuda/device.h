@@ -112,12 +112,13 @@ FM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row, bool transposed)
   }
 }
 
-#define FM_MMA(name, shape)                                                                \
-  FM_DEVICE void name(float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {        \
-    asm volatile("mma.sync.aligned." shape " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "      \
-                 "{%0,%1,%2,%3};"                                                          \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));      \
+#define FM_MMA(name, shape)                                                           \
+  FM_DEVICE void name(float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {   \
+    asm volatile("mma.sync.aligned." shape                                            \
+                 " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "                           \
+                 "{%0,%1,%2,%3};"                                                     \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
   }
 FM_MMA(mma_half, "m16n8k16.row.col.f32.f16.f16.f32")
 FM_MMA(mma_bfloat, "m16n8k16.row.col.f32.bf16.bf16.f32")

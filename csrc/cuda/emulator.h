@@ -6,18 +6,18 @@
 // modelled: the memory model, bank conflicts, register limits; cp.async and the like are absent.
 #pragma once
 
+#include <ucontext.h>
+
+#include <cmath>
 #include <csetjmp>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
 #include <vector>
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <ucontext.h>
 
 namespace fastmeta {
 namespace emulator {

@@ -11,7 +11,7 @@ namespace fastmeta {
 struct Variant {
   int width, mode;
   int (*shared_bytes)(int depth, bool dual);
-  int64_t (*room)(const Job& job);  // floats of working memory
+  int64_t (*room)(const Job& job);                        // floats of working memory
   int (*run)(const Job& job, float* room, void* stream);  // the CUDA error
 };
 
@@ -19,9 +19,9 @@ struct Variant {
 #define FM_MODES(X) X(fp32) X(tf32) X(fp16) X(bf16)
 
 #define FM_DECLARE_MODE(width, mode) extern const Variant kVariant_##width##_##mode;
-#define FM_DECLARE(width)                                        \
-  FM_DECLARE_MODE(width, fp32) FM_DECLARE_MODE(width, tf32)      \
-  FM_DECLARE_MODE(width, fp16) FM_DECLARE_MODE(width, bf16)
+#define FM_DECLARE(width)      \
+  FM_DECLARE_MODE(width, fp32) \
+  FM_DECLARE_MODE(width, tf32) FM_DECLARE_MODE(width, fp16) FM_DECLARE_MODE(width, bf16)
 FM_WIDTHS(FM_DECLARE)
 #undef FM_DECLARE
 #undef FM_DECLARE_MODE

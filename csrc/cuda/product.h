@@ -11,7 +11,9 @@ namespace fastmeta {
 
 enum class Mode : int { kFp32, kTf32, kFp16, kBf16 };
 
-FM_HOST_DEVICE constexpr bool is_short(Mode mode) { return mode == Mode::kFp16 || mode == Mode::kBf16; }
+FM_HOST_DEVICE constexpr bool is_short(Mode mode) {
+  return mode == Mode::kFp16 || mode == Mode::kBf16;
+}
 
 template <Mode kMode>
 struct OperandOf {

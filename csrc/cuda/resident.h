@@ -141,8 +141,7 @@ struct Program {
       if (loops) FM_MEET();  // θ_k is written
       const bool last = k == steps;
       const Data& data = meta && last && job.query.tasks ? job.query : job.data;
-      const Pass pass =
-          given ? given_pass(back) : loss_pass(data, loops ? k : job.step, back);
+      const Pass pass = given ? given_pass(back) : loss_pass(data, loops ? k : job.step, back);
       block.load_parameters(loops ? theta(k) : row(job.params, job.params_stride), 0, 1.0f);
       const float loss = block.run(pass);
       if (job.loss && block.tid == 0 && (last || !meta))
@@ -212,9 +211,8 @@ struct Program {
     const bool meta = job.op == Op::k_maml, given = job.op == Op::k_mlp_dual;
     float *lambda = room + at.lambda, *direction = room + at.direction;
     float* to = static_cast<float*>(given ? job.grad : job.hv) + task * P;
-    const float decay = job.rule.kind == RuleKind::k_momentum
-                            ? static_cast<float>(job.rule.weight_decay)
-                            : 0.0f;
+    const float decay =
+        job.rule.kind == RuleKind::k_momentum ? static_cast<float>(job.rule.weight_decay) : 0.0f;
     FM_UNROLL_1 for (int64_t k = meta ? job.steps - 1 : 0; k >= 0; --k) {
       if (meta) {
         if (job.rates) add_rates(k);

@@ -41,10 +41,10 @@ struct Shape {
                                             : (kShort ? 64 : 32) / (kDual ? 2 : 1);
   static constexpr int kN = kH * kPoints / (128 * kWarps);
   static constexpr int kM = kH == 16 ? 2 : kH * kH / (128 * kWarps);
-  static constexpr int kStrips = kPoints / 16;     // of 16 points
+  static constexpr int kStrips = kPoints / 16;              // of 16 points
   static constexpr int kUnits = kH / 16 * (kH / (8 * kM));  // warps that own gradients
-  static constexpr int kPlanes = kDual ? 2 : 1;    // value and tangent
-  static constexpr int kRow = kH + kPad<kMode>;    // of operands
+  static constexpr int kPlanes = kDual ? 2 : 1;             // value and tangent
+  static constexpr int kRow = kH + kPad<kMode>;             // of operands
   static constexpr int kTop = kH + 4;              // of the float32 input of the last layer
   static constexpr int kSegments = kThreads / kH;  // of points, in the sums of the edge layers
   static constexpr int kEdgeSums = kMaxInputs + 1 + kMaxOutputs + 1;
@@ -242,7 +242,8 @@ struct Block {
       for (int s = 0; s < S::kSegments; ++s) sum += edges[which * S::kThreads + s * kH + feature];
       return sum;
     };
-    for (int i = tid; i < kH * inputs; i += S::kThreads) f(i, over_segments(i % inputs, i / inputs));
+    for (int i = tid; i < kH * inputs; i += S::kThreads)
+      f(i, over_segments(i % inputs, i / inputs));
     int from = kH * inputs;
     for (int i = tid; i < kH; i += S::kThreads) f(from + i, over_segments(kMaxInputs, i));
     from += kH;
@@ -495,9 +496,8 @@ struct Block {
                                int c, Number z) {
     const Data& d = *pass.data;
     Number y = {}, slope = {}, delta = {};
-    with_activation(hidden_twin(job.net.output), [&](auto tag) {
-      activate<decltype(tag)::kValue>(z, 1.0f, y, slope);
-    });
+    with_activation(hidden_twin(job.net.output),
+                    [&](auto tag) { activate<decltype(tag)::kValue>(z, 1.0f, y, slope); });
     y = y + static_cast<float>(job.net.shift);
     if (index >= 0) {
       if (pass.y) pass.y[index * outputs + c] = kept(y) * (kDual ? 1.0f / pass.along : 1.0f);
@@ -646,8 +646,7 @@ struct Block {
     sums = {};
     loss = 0;
     if (pass.back) {
-      for (int i = 0; i < (depth - 2) * 4 * kM; ++i)
-        floats(at.sums)[i * S::kThreads + tid] = 0.0f;
+      for (int i = 0; i < (depth - 2) * 4 * kM; ++i) floats(at.sums)[i * S::kThreads + tid] = 0.0f;
       for (int i = tid; i < (depth - 2) * kH; i += S::kThreads) floats(at.bias_sums)[i] = 0.0f;
     }
     for (int64_t start = static_cast<int64_t>(block_y()) * S::kPoints; start < count;
@@ -666,8 +665,7 @@ struct Block {
     float* edges = floats(at.slopes) + tid;
     for (int i = 0; i < kMaxInputs; ++i) edges[i * S::kThreads] = sums.first[i];
     edges[kMaxInputs * S::kThreads] = sums.first_bias;
-    for (int c = 0; c < kMaxOutputs; ++c)
-      edges[(kMaxInputs + 1 + c) * S::kThreads] = sums.last[c];
+    for (int c = 0; c < kMaxOutputs; ++c) edges[(kMaxInputs + 1 + c) * S::kThreads] = sums.last[c];
     edges[(S::kEdgeSums - 1) * S::kThreads] = sums.last_bias;
     return block_sum(loss);  // its meeting is the edges' too
   }
