@@ -1,5 +1,6 @@
 # make demo    set everything up, meta-train on rendered text (42 seconds on two cores), evaluate, show where
 # make test    set everything up, run the tests          make test-full   with the slow ones
+# make test-peers   examples/ against higher, TorchOpt, JAX and haiku, in an environment of its own (.venv-peers)
 # make asan    the CPU worker's tests under AddressSanitizer and UBSan, every instruction set (built aside, build/asan)
 # make bench   benchmarks, rows to benchmarks/results.csv   make lint       ruff and mypy
 # make docs    the documentation as pages, its gallery made by running it: docs/_build/html/index.html
@@ -17,8 +18,16 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.9" || e
 # Two processes of one thread each: OpenMP teams that outnumber the cores wait for each other.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+# Triton's kernels run under its interpreter, in a process of their own: it is chosen when triton is imported.
+INTERPRETED := TRITON_INTERPRET=1 FASTMETA_TEST_IMPLS=triton $(PYTEST)
+KERNELS := tests/test_triton.py tests/test_triton_rays.py tests/test_ops.py tests/test_maml.py
+HAS_TRITON := $(BIN)/python -c "import triton" 2>/dev/null
+# An older Triton whose compiler is held to the same budgets, and what either has compiled before.
+OLD_TRITON := build/triton-3.6.0
+COMPILED := TRITON_CACHE_DIR=$(CURDIR)/build/triton-cache \
+  FASTMETA_TEST_TRITON="$${FASTMETA_TEST_TRITON-$$(ls -d $(OLD_TRITON) 2>/dev/null)}"
 
-.PHONY: demo test test-full asan bench results docs lint clean
+.PHONY: demo test test-full test-peers peers-here asan bench results docs lint clean
 
 SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
@@ -28,19 +37,36 @@ $(READY): pyproject.toml setup.py $(SOURCES)
 	  if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi; \
 	fi
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(HAS_TRITON) || $(BIN)/pip install -q --disable-pip-version-check triton==3.9.0
 	@$(BIN)/pip install -q --disable-pip-version-check -e ".[test]"
 	@touch $@
+
+# Without it, tests under it are skipped, unless FASTMETA_TEST_TRITON names it.
+$(OLD_TRITON): | $(READY)
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then rm -rf $@.part; \
+	  $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@.part triton==3.6.0 && mv $@.part $@ \
+	    || echo "triton 3.6.0 could not be had: tests under it are skipped"; fi
 
 demo: $(READY)
 	@if [ -f $(DEMO)/config.json ]; then $(BIN)/fastmeta train images --out $(DEMO) --resume; \
 	else $(BIN)/fastmeta train images --data text --out $(DEMO); fi
 	@$(BIN)/fastmeta eval $(DEMO) --count 100
 
-test: $(READY)
-	@$(PYTEST) -m "not slow"
+test: $(READY) $(OLD_TRITON)
+	@$(COMPILED) $(PYTEST) -m "not slow"
+	@! $(HAS_TRITON) || $(INTERPRETED) $(KERNELS) -m "not slow and not slow_interpreted"
 
-test-full: $(READY)
-	@$(PYTEST) --timeout 1800
+test-full: $(READY) $(OLD_TRITON)
+	@$(COMPILED) $(PYTEST) --timeout 1800
+	@! $(HAS_TRITON) || $(INTERPRETED) $(KERNELS) --timeout 1800
+
+# VENV=.venv-peers, and the rules above make it. Every peer of the extra must be there.
+test-peers:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-peers peers-here
+
+peers-here: $(READY)
+	@$(BIN)/pip install -q --disable-pip-version-check "fastmeta[peers]"
+	@FASTMETA_TEST_PEERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_examples.py -rs
 
 # The tests run from build/asan: python -m pytest puts that folder, and with it the copied package, first.
 asan: $(READY)
@@ -75,4 +101,4 @@ lint: $(READY)
 	@$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/demo docs/_build docs/auto_gallery
+	rm -rf $(VENV) $(VENV)-peers build dist *.egg-info runs/demo docs/_build docs/auto_gallery

@@ -60,13 +60,13 @@ SINGLE = Library(*_TORCH, nn.functional.linear, torch.func.grad, torch.func.vmap
 
 
 @functools.cache
-def jax_library() -> Library:
+def jax_library(device: str) -> Library:
     import jax
 
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", device)
     return Library(
         jax.numpy,
-        lambda tensor: jax.numpy.asarray(tensor.numpy()),
+        lambda tensor: jax.numpy.asarray(tensor.cpu().numpy()),
         jax.nn.sigmoid,
         jax.nn.relu,
         functools.partial(jax.numpy.take_along_axis, mode="promise_in_bounds"),
@@ -122,18 +122,19 @@ def predict(lib: Library, problem: Problem, inputs: tuple, apply: Callable) -> A
         part = lib.xp.arange(march.samples) / (march.samples - 1)
         t = rays.near + (rays.far - rays.near) * part  # [S]
         x = inputs[0][..., None, :] + t[:, None] * inputs[1][..., None, :]  # [...,R,S,3]
-        raw = apply(encode(lib, workload.net, x.reshape(*x.shape[:-3], -1, 3)))
+        raw = apply(encode(lib, problem, x.reshape(*x.shape[:-3], -1, 3)))
         raw = raw.reshape(*x.shape[:-1], 4)
         return composite(lib, raw, lib.xp.broadcast_to(t, raw.shape[:-1]), march)
-    y = apply(encode(lib, workload.net, x))
+    y = apply(encode(lib, problem, x))
     return project(lib, y[..., 0], inputs[1], workload.angles) if workload.angles else y
 
 
-def encode(lib: Library, net: fm.MLP, x: Any) -> Any:
+def encode(lib: Library, problem: Problem, x: Any) -> Any:
     """``sin(x B + φ)``, or x where there is no encoding: [...,N,D] -> [...,N,E]."""
-    if net.encoding is None:
+    if not problem.basis:
         return x
-    return lib.xp.sin(x @ lib.array(net.encoding.B) + lib.array(net.encoding.phi))
+    B, phi = (lib.array(b) for b in problem.basis)
+    return lib.xp.sin(x @ B + phi)
 
 
 def squared_error(seen: Any, y: Any) -> Any:
@@ -173,16 +174,17 @@ def gather_index(measure: fm.Project, side: int) -> Tensor:
 # Competitors ---
 
 
-def fastmeta(problem: Problem, kind: str, steps: int = 2, impl: str | None = None) -> Callable:
-    """Ours, and with float64 tensors and ``impl="reference"`` what all are held to."""
+def fastmeta(problem: Problem, kind: str, steps: int = 2, **how: Any) -> Callable:
+    """Ours (how: impl, precision), and with float64 tensors and ``impl="reference"`` what all are
+    held to."""
     net, batch = problem.workload.net, problem.batch
     if kind == "forward":
-        return lambda: _seen(problem, impl)
+        return lambda: _seen(problem, **how)
     if kind == "gradient":
-        return lambda: fm.loss_grad(net, problem.params, batch, impl=impl)[1]
+        return lambda: fm.loss_grad(net, problem.params, batch, **how)[1]
     if kind == "adapt":
-        return lambda: fm.adapt(net, problem.init, batch, steps, LR, impl=impl).params
-    maml = fm.MAML(net, steps, LR, init=problem.init, impl=impl)
+        return lambda: fm.adapt(net, problem.init, batch, steps, LR, **how).params
+    maml = fm.MAML(net, steps, LR, init=problem.init, **how)
 
     def run() -> Tensor:
         maml.init.grad = None
@@ -192,15 +194,15 @@ def fastmeta(problem: Problem, kind: str, steps: int = 2, impl: str | None = Non
     return run
 
 
-def _seen(problem: Problem, impl: str | None) -> Tensor:
+def _seen(problem: Problem, **how: Any) -> Tensor:
     net, batch = problem.workload.net, problem.batch
     if isinstance(batch.measure, fm.March):
-        return fm.render(net, problem.params, batch.x, batch.measure, impl=impl)[0]
-    y = fm.mlp(net, problem.params, batch.x, impl=impl)
+        return fm.render(net, problem.params, batch.x, batch.measure, **how)[0]
+    y = fm.mlp(net, problem.params, batch.x, **how)
     if not isinstance(batch.measure, fm.Project):
         return y
     image = y.unflatten(1, (problem.workload.side, -1))[..., 0]
-    return fm.project(image, batch.measure.angles, impl=impl)
+    return fm.project(image, batch.measure.angles, **how)
 
 
 class Module(nn.Module):
@@ -324,8 +326,9 @@ def jit_vmap(problem: Problem, kind: str, steps: int) -> Callable:
     """jit(vmap(grad)), arrays on JAX's side before the clock starts."""
     import jax
 
-    function, *arguments = _functional(jax_library(), problem, kind, steps)
-    on_device = jax.tree.map(jax_library().array, arguments)
+    lib = jax_library(problem.params.device.type)
+    function, *arguments = _functional(lib, problem, kind, steps)
+    on_device = jax.tree.map(lib.array, arguments)
     jitted = jax.jit(function)
     return lambda: jax.block_until_ready(jitted(*on_device))
 
@@ -397,13 +400,15 @@ class Truth:
     """
 
     def __init__(self, exact: Callable, plain: Callable, start: Tensor | None = None) -> None:
-        self.exact = exact().numpy()
-        self.scale = np.linalg.norm(self.exact - (0 if start is None else start.double().numpy()))
+        self.exact = exact().cpu().numpy()
+        before = 0 if start is None else start.double().cpu().numpy()
+        self.scale = np.linalg.norm(self.exact - before)
         self.bound = max(8 * self.error(plain()), 1e-3)
 
     def error(self, result: Any) -> float:
         """|result − exact| / scale; a list of tensors stands for rows of parameters."""
         parts = result if isinstance(result, (list, tuple)) else [result]
+        parts = [part.cpu() if isinstance(part, Tensor) else part for part in parts]
         lead = self.exact.shape[:-1]
         rows = [np.asarray(part, dtype=np.float64).reshape(*lead, -1) for part in parts]
         return float(np.linalg.norm(np.concatenate(rows, -1) - self.exact) / self.scale)
@@ -414,6 +419,6 @@ class Truth:
 
 
 def truth(problem: Problem, kind: str, steps: int = 2) -> Truth:
-    exact = fastmeta(problem.double(), kind, steps, "reference")
-    plain = fastmeta(problem, kind, steps, "reference")
+    exact = fastmeta(problem.double(), kind, steps, impl="reference")
+    plain = fastmeta(problem, kind, steps, impl="reference")
     return Truth(exact, plain, problem.init if kind == "adapt" else None)

@@ -3,12 +3,8 @@ fraction of the measured roof; rows to results.csv."""
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,30 +15,10 @@ import competitors
 import pytest
 import torch
 import workloads
+from rows import append, commit, processor, version
 from workloads import Cost, Workload
 
 RESULTS = Path(__file__).with_name("results.csv")
-COLUMNS = [
-    "workload",
-    "what",
-    "who",
-    "median_ms",
-    "ratio",
-    "gflop",
-    "mbytes",
-    "gflops",
-    "of_roof",
-    "roof_gflops",
-    "roof_kind",
-    "threads",
-    "clean",
-    "isa",
-    "mkl",
-    "device",
-    "torch",
-    "jax",
-    "commit",
-]
 PAUSE = 5e-3  # s, at least, between competitors
 SPAN = 0.02  # s of calls in a sample, at least
 DELAY = 0.06  # of wall time × threads: a sample that waited longer for a core is dropped
@@ -51,30 +27,6 @@ Check = Callable[[str, object], None]
 
 
 # Where this runs ---
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 class Roof(NamedTuple):
@@ -217,7 +169,7 @@ def race(benchmark, machine) -> Callable:
             | _columns(seconds, clean, timed[ours][0], cost, machine["roof_gflops"])
             for who, (seconds, clean) in timed.items()
         ]
-        _append(rows)
+        append(RESULTS, rows)
         _ROWS.extend(rows)
         benchmark.pedantic(entries[ours], rounds=1, iterations=1)
 
@@ -249,15 +201,6 @@ def _columns(seconds: float, clean: int | str, ours: float, cost: Cost, roof: fl
         "of_roof": round(cost.gflop / seconds / roof, 3),
         "clean": clean,
     }
-
-
-def _append(rows: list[dict]) -> None:
-    new = not RESULTS.exists() or RESULTS.stat().st_size == 0
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 _ROWS: list[dict] = []

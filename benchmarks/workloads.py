@@ -84,11 +84,13 @@ META = [w for w in IMAGES if w.points == 4096 or w.tasks == 1] + SMALL
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A workload with its tensors: params [T,P], whose first row is the start of inner loops."""
+    """A workload with its tensors: params [T,P], whose first row is the start of inner loops;
+    basis, (B, φ) of an encoding or nothing, for whoever encodes by himself."""
 
     workload: Workload
     batch: fm.Batch
     params: Tensor
+    basis: tuple[Tensor, ...] = ()
 
     @property
     def init(self) -> Tensor:
@@ -96,6 +98,14 @@ class Problem:
 
     def double(self) -> Problem:
         return replace(self, batch=self.batch.to(torch.float64), params=self.params.double())
+
+    def to(self, device: str) -> Problem:
+        moved = {"batch": self.batch.to(device), "params": self.params.to(device)}
+        return replace(self, **moved, basis=tuple(b.to(device) for b in self.basis))
+
+    def take(self, tasks: int) -> Problem:
+        """The first tasks alone."""
+        return replace(self, batch=self.batch.take(slice(tasks)), params=self.params[:tasks])
 
 
 def problem(workload: Workload) -> Problem:
@@ -111,9 +121,12 @@ def problem(workload: Workload) -> Problem:
     elif workload.angles:
         angles = torch.arange(workload.angles) * (math.pi / workload.angles) + 0.1
         batch = fm.Batch(_grid(workload.side), y, measure=fm.Project(angles[None]))
-    else:
+    elif workload.net.in_features == 2:
         batch = fm.Batch(_grid(workload.side), y)
-    return Problem(workload, batch, params)
+    else:
+        batch = fm.Batch(torch.rand(workload.points, workload.net.in_features, generator=g), y)
+    encoding = workload.net.encoding
+    return Problem(workload, batch, params, () if encoding is None else (encoding.B, encoding.phi))
 
 
 def _grid(side: int) -> Tensor:

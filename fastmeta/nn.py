@@ -89,7 +89,7 @@ class BatchedMLP(nn.Module):
         if self.per_task:
             self.rows = nn.ParameterList([nn.Parameter(row.clone()) for row in rows])
         else:
-            self.layers = nn.ModuleList(_layer(w, b) for w, b in net.layers(rows))
+            self.layers = nn.ModuleList(_Layer(w, b) for w, b in net.layers(rows))
         self.register_state_dict_post_hook(_stack_rows)
         self.register_load_state_dict_pre_hook(_own_names)
 
@@ -269,10 +269,13 @@ class BatchedMLP(nn.Module):
         return torch.cat(parts, -1)
 
 
-def _layer(weight: Tensor, bias: Tensor) -> nn.Module:
-    layer = nn.Module()
-    layer.weight, layer.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
-    return layer
+class _Layer(nn.Module):
+    """weight [T,out,in], bias [T,out]. A class of its own: higher puts a mixin in front of each
+    module's class, and in front of ``nn.Module`` itself that cannot be done."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
 
 
 def _shapes(net: MLP) -> dict[str, tuple[int, ...]]:

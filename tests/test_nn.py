@@ -423,3 +423,10 @@ def test_starts():
 def test_refusals(call, said):
     with pytest.raises((ValueError, TypeError), match=said):
         call()
+
+
+@modes
+def test_no_part_is_a_bare_module(per_task):
+    """higher patches a module by a class of two bases, which nn.Module itself cannot be one of."""
+    module, _ = stacked(per_task=per_task)
+    assert all(type(part) is not torch.nn.Module for part in module.modules())

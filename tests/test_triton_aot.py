@@ -1,5 +1,6 @@
 """Triton kernels compiled ahead of time for sm_80, sm_90 and sm_100, under the installed Triton and
-the one in the folder that FASTMETA_TEST_TRITON names."""
+the one in the folder that FASTMETA_TEST_TRITON names: how they are weighed, and what the worker's own
+may cost."""
 
 import os
 import subprocess
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from triton_aot import ARCHS, Row, compiled, over_budget
+from triton_budgets import budgets
 
 if "triton" not in os.environ.get("FASTMETA_TEST_IMPLS", ""):
     pytest.importorskip("triton")
 
 OTHER = os.environ.get("FASTMETA_TEST_TRITON")
 TRITONS = [None] + ([os.path.abspath(OTHER)] if OTHER else [])
+HERE = Path(__file__).parent
 
 # Kernels whose machine code is known beforehand, as far as the tests look at it.
 KERNELS = '''
@@ -285,3 +288,40 @@ def test_what_no_gpu_could_run_is_over_any_budget():
         "grad H64: k on sm_90 (triton 3.9.0): 232449 bytes of shared memory, a block has 232448",
         "grad H64: k on sm_100 (triton 3.9.0): 513 columns of tensor memory, a block has 512",
     ]
+
+
+# The worker's own kernels ---
+
+# One pass of each family, and what each architecture does differently; the rest is slow.
+FEW = [
+    (90, "siren H64 bf16 plain"),
+    (90, "siren H256 bf16 plain"),
+    (80, "siren H128 bf16 hvp"),
+    (100, "siren H256 fp32 points"),
+]
+
+
+def within_budget(path, arch, pattern, **options):
+    rows = compiled(
+        f"triton_cases:sm{arch}", [arch], path, paths=[HERE, HERE.parent], only=pattern, **options
+    )
+    version = "old" if path else "installed"
+    assert over_budget(rows, budgets(version)) == []
+
+
+@pytest.fixture(params=[*TRITONS, *([] if OTHER else [""])], ids=lambda p: Path(p or "installed").name)
+def some_triton(request):
+    if request.param == "":
+        pytest.skip("FASTMETA_TEST_TRITON names no folder with another Triton")
+    return request.param
+
+
+@pytest.mark.parametrize(("arch", "pattern"), FEW)
+def test_kernels_keep_their_budgets(some_triton, arch, pattern):
+    within_budget(some_triton, arch, pattern)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_keeps_its_budget(some_triton, arch):
+    within_budget(some_triton, arch, "*", limit=60.0)

@@ -74,10 +74,10 @@ FM_DEVICE const void* corner(Matrix<kMode> m, int row, int column) {
   return m.at + row * m.stride + column;
 }
 
-// sums, where given: += A · 1, the sums of A's rows, in the columns of one more fragment.
+// sums, where asked for: += A · 1, the sums of A's rows, in the columns of one more fragment.
 template <Mode kMode, int kN, bool kFlipA, bool kFlipB>
 FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMode> b, int column,
-                        int depth, float (*sums)[4] = nullptr) {
+                        int depth, bool with_sums, float (&sums)[4]) {
   const int lane = thread_index() % 32, g = lane / 4, t = lane % 4;
   if constexpr (is_short(kMode)) {
     static_assert(kN % 2 == 0, "B comes by pairs of tiles");
@@ -95,9 +95,9 @@ FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMod
         multiply_short<kMode>(c[j], fa, {fb[0], fb[1]});
         multiply_short<kMode>(c[j + 1], fa, {fb[2], fb[3]});
       }
-      if (sums) {
+      if (with_sums) {
         const uint32_t one = kMode == Mode::kFp16 ? 0x3c003c00u : 0x3f803f80u;
-        multiply_short<kMode>(*sums, fa, {one, one});
+        multiply_short<kMode>(sums, fa, {one, one});
       }
     }
   } else if constexpr (kMode == Mode::kTf32) {
@@ -116,7 +116,7 @@ FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMod
         }
         mma_tf32(c[j], fa, fb);
       }
-      if (sums) mma_tf32(*sums, fa, {0x3f800000u, 0x3f800000u});
+      if (with_sums) mma_tf32(sums, fa, {0x3f800000u, 0x3f800000u});
     }
   } else {
     const auto element = [](Matrix<kMode> m, bool flip, int i, int j) {
@@ -132,12 +132,19 @@ FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMod
         c[j][2] = fused(a1, b0, c[j][2]);
         c[j][3] = fused(a1, b1, c[j][3]);
       }
-      if (sums) {
-        (*sums)[0] += a0;
-        (*sums)[2] += a1;
+      if (with_sums) {
+        sums[0] += a0;
+        sums[2] += a1;
       }
     }
   }
+}
+
+template <Mode kMode, int kN, bool kFlipA, bool kFlipB>
+FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMode> b, int column,
+                        int depth) {
+  float none[4];
+  multiply<kMode, kN, kFlipA, kFlipB>(c, a, row, b, column, depth, false, none);
 }
 
 }  // namespace fastmeta

@@ -570,13 +570,12 @@ struct Block {
       FM_UNROLL for (int e = 0; e < 4; ++e) sum[j][e] = mine[(4 * j + e) * S::kThreads];
     }
     const Matrix<kMode> delta = matrix(hidden(l, 0)), h = matrix(hidden(l - 1, 0));
-    float(*const biases)[4] = c == 0 ? &ones : nullptr;
     if constexpr (kDual) {
       const Matrix<kMode> delta_d = matrix(hidden(l, 1)), h_d = matrix(hidden(l - 1, 1));
-      multiply<kMode, kM, true, false>(sum, delta_d, o, h, c, S::kPoints, biases);
+      multiply<kMode, kM, true, false>(sum, delta_d, o, h, c, S::kPoints, c == 0, ones);
       multiply<kMode, kM, true, false>(sum, delta, o, h_d, c, S::kPoints);
     } else {
-      multiply<kMode, kM, true, false>(sum, delta, o, h, c, S::kPoints, biases);
+      multiply<kMode, kM, true, false>(sum, delta, o, h, c, S::kPoints, c == 0, ones);
     }
     FM_UNROLL for (int j = 0; j < kM; ++j) {
       FM_UNROLL for (int e = 0; e < 4; ++e) mine[(4 * j + e) * S::kThreads] = sum[j][e];

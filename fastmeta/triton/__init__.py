@@ -15,7 +15,9 @@ import triton
 from .. import spec
 from .activation import ACTIVATIONS
 from .launch import INTERPRETED
-from .passes import Passes
+from .passes import Passes, described
+
+__all__ = ["Passes", "at", "described", "objections", "unavailable"]
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 OLDEST = (3, 4)

@@ -73,9 +73,9 @@ def exact_sincos(p):
     q = quarters.to(tl.int32)
     s = r * r
     a = ((-1.9515295891e-4 * s + 8.3321608736e-3) * s - 1.6666654611e-1) * (s * r) + r
-    b = ((2.443315711809948e-5 * s - 1.388731625493765e-3) * s + 4.166664568298827e-2) * (
-        s * s
-    ) + (1.0 - 0.5 * s)
+    b = ((2.443315711809948e-5 * s - 1.388731625493765e-3) * s + 4.166664568298827e-2) * (s * s) + (
+        1.0 - 0.5 * s
+    )
     sine = tl.where((q & 1) == 0, a, b)
     cosine = tl.where((q & 1) == 0, b, a)
     return tl.where((q & 2) == 0, sine, -sine), tl.where(((q + 1) & 2) == 0, cosine, -cosine)
@@ -121,12 +121,12 @@ def _softplus(z):
 
 @triton.jit
 def curve(k, ACT: tl.constexpr, W0: tl.constexpr, MODE: tl.constexpr, REAL: tl.constexpr):
-    """(φ, φ', φ'') as REAL blocks, from what was kept."""
+    """(φ, φ', φ'') as REAL blocks, from what was kept, or from z itself."""
     if ACT == "sine":
-        if MODE == "fp32":
-            s, c = exact_sincos(W0 * k)
-        else:
+        if k.dtype == tl.int16:
             s, c = quick_sincos(k.to(REAL) * (_TURN / 65536.0))
+        else:
+            s, c = wave(W0 * k, MODE)
         return s, W0 * c, -(W0 * W0) * s
     z = k.to(REAL)
     one = tl.full(z.shape, 1.0, REAL)

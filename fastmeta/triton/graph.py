@@ -32,7 +32,7 @@ class Graphs:
         """``make(c, params, batch, lr, rule, **options).run()``: an ``Inner`` or a ``Meta``."""
         if not capturable(params):
             return make(c, params, batch, lr, rule, **options).run()
-        key = (make, c, _shape(params), _signature(batch), _rate_key(lr), rule)
+        key: Any = (make, c, _shape(params), _signature(batch), _rate_key(lr), rule)
         key = (*key, tuple(sorted(options.items())), params.device)
         captured = self.kept.pop(key, None)
         if captured is None:

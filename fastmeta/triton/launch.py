@@ -54,6 +54,4 @@ def launch(
     if _records:
         _records[-1].append(Launch(kernel, grid, args, consts, warps, stages))
         return
-    kernel[grid](
-        **args, **consts, num_warps=warps, num_stages=stages, enable_fp_fusion=True
-    )
+    kernel[grid](**args, **consts, num_warps=warps, num_stages=stages, enable_fp_fusion=True)

@@ -76,8 +76,8 @@ def features(
 
 @triton.jit
 def ahead(
-    params,
-    dparams,
+    theta,
+    dtheta,
     shadow,  # [T or 1, L−2, WP, WP]
     dshadow,
     first,  # [T or 1, WP, EP]: of an encoded first layer
@@ -92,7 +92,7 @@ def ahead(
     dz_out,
     y_out,
     dy_out,
-    v_scale,  # [T]: dparams and dx are multiplied by it (dshadow is already)
+    v_scale,  # [T]: dtheta and dx are multiplied by it (dshadow is already)
     N,
     NP,
     tiles,
@@ -130,12 +130,12 @@ def ahead(
     BL: tl.constexpr,
 ):
     """``y = out(z_L) + shift``, ``z_l = W_l h_{l-1} + b_l``; one program: BM points of one task."""
-    REAL: tl.constexpr = params.dtype.element_ty
+    REAL: tl.constexpr = theta.dtype.element_ty
     t = (tl.program_id(0) // tiles).to(tl.int64)
     m = tl.program_id(0) % tiles
     r = tl.arange(0, BM)
     real = m * BM + r < N
-    params += t * p_stride
+    theta += t * p_stride
     shadow += t * s_stride
     first += t * f_stride
     x += t * x_stride + m.to(tl.int64) * (BM * D)
@@ -143,7 +143,7 @@ def ahead(
     layer = NP.to(tl.int64) * WP  # between slots
     vs = 1.0
     if DUAL:
-        dparams += t * v_stride
+        dtheta += t * v_stride
         dshadow += t * ds_stride
         dfirst += t * df_stride
         dx += t * x_stride + m.to(tl.int64) * (BM * D)
@@ -153,7 +153,7 @@ def ahead(
     for n0 in range(0, WP, BN):
         n = n0 + tl.arange(0, BN)
         inside = n < W
-        bias = params + E * W + n
+        bias = theta + E * W + n
         z = tl.zeros((BM, BN), REAL)
         dz = tl.zeros((BM, BN), REAL)
         if ENCODED:
@@ -173,10 +173,10 @@ def ahead(
         else:
             for d in tl.static_range(D):
                 xd = tl.load(x + r * D + d, mask=real, other=0.0)
-                w = tl.load(params + n * D + d, mask=inside, other=0.0)
+                w = tl.load(theta + n * D + d, mask=inside, other=0.0)
                 z += xd[:, None] * w[None, :]
                 if DUAL:
-                    dw = tl.load(dparams + n * D + d, mask=inside, other=0.0) * vs
+                    dw = tl.load(dtheta + n * D + d, mask=inside, other=0.0) * vs
                     dz += xd[:, None] * dw[None, :]
                 if XDUAL:
                     dxd = tl.load(dx + r * D + d, mask=real, other=0.0) * vs
@@ -185,7 +185,7 @@ def ahead(
         where = r[:, None] * WP + n[None, :]
         tl.store(kept + at + where, keep(z, ACT, W0_FIRST, MODE))
         if DUAL:
-            dz += (tl.load(dparams + E * W + n, mask=inside, other=0.0) * vs)[None, :]
+            dz += (tl.load(dtheta + E * W + n, mask=inside, other=0.0) * vs)[None, :]
             tl.store(dkept + at + where, operand(dz, MODE))
 
     # hidden layers
@@ -217,11 +217,11 @@ def ahead(
                     dw = tl.trans(loaded(tl.load(dshadow + block), MODE))
                     dz = dot(a, dw, dz, MODE)
                     dz = dot(operand(h[1], MODE), w, dz, MODE)
-            z += tl.load(params + b0 + n, mask=inside, other=0.0)[None, :]
+            z += tl.load(theta + b0 + n, mask=inside, other=0.0)[None, :]
             where = r[:, None] * WP + n[None, :]
             tl.store(kept + dst + where, keep(z, ACT, W0, MODE))
             if DUAL:
-                dz += (tl.load(dparams + b0 + n, mask=inside, other=0.0) * vs)[None, :]
+                dz += (tl.load(dtheta + b0 + n, mask=inside, other=0.0) * vs)[None, :]
                 tl.store(dkept + dst + where, operand(dz, MODE))
 
     # last layer
@@ -243,28 +243,28 @@ def ahead(
         h, _ = activate(kz, kdz, ACT, w0, MODE, REAL, DUAL)
         entry = last + c[:, None] * W + k[None, :]
         there = shown[:, None] & (k < W)[None, :]
-        w = tl.trans(tl.load(params + entry, mask=there, other=0.0))
+        w = tl.trans(tl.load(theta + entry, mask=there, other=0.0))
         z = dot(h[0], w, z, "fp32")
         if DUAL:
-            dw = tl.trans(tl.load(dparams + entry, mask=there, other=0.0)) * vs
+            dw = tl.trans(tl.load(dtheta + entry, mask=there, other=0.0)) * vs
             dz = dot(h[0], dw, dz, "fp32")
             dz = dot(h[1], w, dz, "fp32")
-    z += tl.load(params + last + C * W + c, mask=shown, other=0.0)[None, :]
+    z += tl.load(theta + last + C * W + c, mask=shown, other=0.0)[None, :]
     where = (t * N + m * BM + r)[:, None] * C + c[None, :]
     there = real[:, None] & shown[None, :]
     f, rise, _ = curve(z, OUT, 1.0, "fp32", REAL)
     tl.store(z_out + where, z, mask=there)
     tl.store(y_out + where, f + SHIFT, mask=there)
     if DUAL:
-        dz += (tl.load(dparams + last + C * W + c, mask=shown, other=0.0) * vs)[None, :]
+        dz += (tl.load(dtheta + last + C * W + c, mask=shown, other=0.0) * vs)[None, :]
         tl.store(dz_out + where, dz, mask=there)
         tl.store(dy_out + where, rise * dz / vs, mask=there)
 
 
 @triton.jit
 def back(
-    params,
-    dparams,
+    theta,
+    dtheta,
     shadow,  # [T or 1, L−2, WP, WP]
     dshadow,
     first,  # [T or 1, WP, EP]: of an encoded first layer
@@ -334,7 +334,7 @@ def back(
     """``δ_l = φ'(z_l) h̄_l``, ``h̄_{l-1} = W_lᵀ δ_l`` from ȳ or a loss; one program: BM points of one
     task. Thin sums over its points: W̄ of a first layer on bare coordinates and of the last, b̄ of
     all; ``x̄`` where wanted."""
-    REAL: tl.constexpr = params.dtype.element_ty
+    REAL: tl.constexpr = theta.dtype.element_ty
     t = (tl.program_id(0) // tiles).to(tl.int64)
     m = tl.program_id(0) % tiles
     r = tl.arange(0, BM)
@@ -370,7 +370,7 @@ def back(
     if CHAIN:
         big = tl.load(scale + t)
         dl = mul(rise, (gy[0] * big, gy[1] * big), DUAL)
-        params += t * p_stride
+        theta += t * p_stride
         shadow += t * s_stride
         first += t * f_stride
         x += t * x_stride + m.to(tl.int64) * (BM * D)
@@ -378,7 +378,7 @@ def back(
         at = (t * (L - 1) * NP + m * BM) * WP
         layer = NP.to(tl.int64) * WP
         if DUAL:
-            dparams += t * v_stride
+            dtheta += t * v_stride
             dshadow += t * ds_stride
             dfirst += t * df_stride
             dx += t * x_stride + m.to(tl.int64) * (BM * D)
@@ -402,13 +402,13 @@ def back(
             h, slope = activate(kz, kdz, ACT, w0, MODE, REAL, DUAL)
             entry = c[:, None] * W + n[None, :]
             inside = shown[:, None] & (n < W)[None, :]
-            w = tl.load(params + last + entry, mask=inside, other=0.0)  # [CP,BL]
+            w = tl.load(theta + last + entry, mask=inside, other=0.0)  # [CP,BL]
             gw = dot(tl.trans(dl[0]), h[0], tl.zeros((CP, BL), REAL), "fp32")
             tl.store(thin + thin_last + entry, gw, mask=inside)
             gh = dot(dl[0], w, tl.zeros((BM, BL), REAL), "fp32")
             dgh = gh
             if DUAL:
-                dw = tl.load(dparams + last + entry, mask=inside, other=0.0) * vs
+                dw = tl.load(dtheta + last + entry, mask=inside, other=0.0) * vs
                 dgw = dot(tl.trans(dl[1]), h[0], tl.zeros((CP, BL), REAL), "fp32")
                 dgw = dot(tl.trans(dl[0]), h[1], dgw, "fp32")
                 tl.store(dthin + thin_last + entry, dgw, mask=inside)
@@ -416,8 +416,28 @@ def back(
                 dgh = dot(dl[0], dw, dgh, "fp32")
             de = mul(slope, (gh, dgh), DUAL)
             _delta_out(
-                de, x, dx, thin, dthin, delta, ddelta, src, where, n, r, real, vs, L - 2,
-                D, W, MODE, ENCODED, DUAL, XDUAL, WANT_X, REAL,
+                de,
+                x,
+                dx,
+                thin,
+                dthin,
+                delta,
+                ddelta,
+                src,
+                where,
+                n,
+                r,
+                real,
+                vs,
+                L - 2,
+                D,
+                W,
+                MODE,
+                ENCODED,
+                DUAL,
+                XDUAL,
+                WANT_X,
+                REAL,
             )
 
         # through the hidden layers
@@ -452,8 +472,28 @@ def back(
                 _, slope = activate(kz, kdz, ACT, w0, MODE, REAL, DUAL)
                 de = mul(slope, (gh, dgh), DUAL)
                 _delta_out(
-                    de, x, dx, thin, dthin, delta, ddelta, dst, where, n, r, real, vs, l - 1,
-                    D, W, MODE, ENCODED, DUAL, XDUAL, WANT_X, REAL,
+                    de,
+                    x,
+                    dx,
+                    thin,
+                    dthin,
+                    delta,
+                    ddelta,
+                    dst,
+                    where,
+                    n,
+                    r,
+                    real,
+                    vs,
+                    l - 1,
+                    D,
+                    W,
+                    MODE,
+                    ENCODED,
+                    DUAL,
+                    XDUAL,
+                    WANT_X,
+                    REAL,
                 )
 
         if WANT_X:
@@ -494,11 +534,11 @@ def back(
                     if DUAL:
                         da = loaded(tl.load(ddelta + where), MODE).to(REAL)
                     for i in tl.static_range(D):
-                        w = tl.load(params + n * D + i, mask=n < W, other=0.0)[None, :]
+                        w = tl.load(theta + n * D + i, mask=n < W, other=0.0)[None, :]
                         column = (d == i)[None, :]
                         total += tl.where(column, tl.sum(a * w, 1)[:, None], 0.0)
                         if DUAL:
-                            dw = tl.load(dparams + n * D + i, mask=n < W, other=0.0)[None, :]
+                            dw = tl.load(dtheta + n * D + i, mask=n < W, other=0.0)[None, :]
                             both = da * w + a * (dw * vs)
                             dtotal += tl.where(column, tl.sum(both, 1)[:, None], 0.0)
             where = ((t * N + m * BM) + r)[:, None] * D + d[None, :]
@@ -510,9 +550,28 @@ def back(
 
 @triton.jit
 def _delta_out(
-    de, x, dx, thin, dthin, delta, ddelta, at, where, n, r, real, vs, layer,
-    D: tl.constexpr, W: tl.constexpr, MODE: tl.constexpr, ENCODED: tl.constexpr,
-    DUAL: tl.constexpr, XDUAL: tl.constexpr, WANT_X: tl.constexpr, REAL: tl.constexpr,
+    de,
+    x,
+    dx,
+    thin,
+    dthin,
+    delta,
+    ddelta,
+    at,
+    where,
+    n,
+    r,
+    real,
+    vs,
+    layer,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    MODE: tl.constexpr,
+    ENCODED: tl.constexpr,
+    DUAL: tl.constexpr,
+    XDUAL: tl.constexpr,
+    WANT_X: tl.constexpr,
+    REAL: tl.constexpr,
 ):
     """Stores δ of a hidden layer for the products to come, and its thin sums: b̄, and W̄ of a first
     layer on bare coordinates."""
@@ -548,9 +607,21 @@ def _store_delta(de, delta, ddelta, where, MODE: tl.constexpr, DUAL: tl.constexp
 
 @triton.jit
 def _features_back(
-    delta, ddelta, first, dfirst, at, r, e,
-    EP: tl.constexpr, WP: tl.constexpr, MODE: tl.constexpr, FIRST: tl.constexpr,
-    DUAL: tl.constexpr, REAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    delta,
+    ddelta,
+    first,
+    dfirst,
+    at,
+    r,
+    e,
+    EP: tl.constexpr,
+    WP: tl.constexpr,
+    MODE: tl.constexpr,
+    FIRST: tl.constexpr,
+    DUAL: tl.constexpr,
+    REAL: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
     BE: tl.constexpr,
 ):
     """``h̄_0 = W_1ᵀ δ_1`` for BE features, and its tangent."""

@@ -84,16 +84,29 @@ def operand(a, MODE: tl.constexpr):
 def loaded(a, MODE: tl.constexpr):
     """A block of operands as it came from memory: the interpreter multiplies bfloat16 as integers,
     so there it becomes float32."""
-    if INTERP and MODE == "bf16":
+    if INTERP and a.dtype == tl.bfloat16:
         return a.to(tl.float32)
     return a
 
 
 @triton.jit
+def once(a):
+    """a, float32, computed once: the compiler would rather compute it again in every layout that
+    asks for it than move it, sines and all."""
+    if INTERP or a.dtype == tl.float64:
+        return a
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def dot(a, b, acc, MODE: tl.constexpr):
-    """``acc + a b`` of operands."""
-    if MODE == "fp32":
+    """``acc + a b`` of operands; "bf16x3" are three products of float32 in halves, 2⁻¹⁶ off."""
+    if MODE == "fp32" or (INTERP and MODE == "bf16x3"):
         return tl.dot(a, b, acc, input_precision="tf32x3", out_dtype=acc.dtype)
+    elif MODE == "bf16x3":
+        return tl.dot(a, b, acc, input_precision="bf16x3", out_dtype=acc.dtype)
     elif MODE == "tf32":
         return tl.dot(a, b, acc, input_precision="tf32", out_dtype=acc.dtype)
     else:

@@ -14,8 +14,10 @@ from ..reference import Dual, tangent, value
 from ..rules import SGD, Adam, Momentum, Rule
 from ..spec import MLP
 from . import draw, graph, plan, project, render
+from .held import network
 from .plan import Constants, chunks, empty
-from .stream import Operands, Stream, ones, shade
+from .stream import Stream
+from .sums import Operands, shade
 
 
 def guarded(function: Any) -> Any:
@@ -52,7 +54,13 @@ class Seen:
     """
 
     def __init__(
-        self, c: Constants, batch: Batch, *, dual: bool = False, grad: bool = True, back: bool = True
+        self,
+        c: Constants,
+        batch: Batch,
+        *,
+        dual: bool = False,
+        grad: bool = True,
+        back: bool = True,
     ) -> None:
         self.c, self.batch, self.dual, self.back = c, batch, dual, back
         n = batch.per_step or batch.points
@@ -60,7 +68,7 @@ class Seen:
         if isinstance(batch.measure, March):
             n *= batch.measure.samples
         self.room = draw.room(batch)
-        self.stream = Stream(c, batch.tasks, n, batch.y, dual=dual, grad=grad, keep=back)
+        self.stream = network(c, batch.tasks, n, batch.y, dual=dual, grad=grad, keep=back)
         if isinstance(batch.measure, Project):
             self.pixels = batch.measure.pixels(batch.y.shape[2])
             self.inverse = project.inverse(self.pixels) if back else None
@@ -86,16 +94,18 @@ class Seen:
         """Loss [T] at θ [T or 1,P], of the draws of step k; along v [T,P] where dual."""
         drawn = draw.draw(self.batch, k, self.room)
         s = self.stream
-        s.forward(theta, operands, drawn.x, v, dual_operands)
-        if isinstance(self.batch.measure, Project):
-            return self._projected(drawn)
-        if isinstance(self.batch.measure, March):
-            return self._marched(drawn)
+        if self.batch.measure is not None:
+            s.forward(theta, operands, drawn.x, v, dual_operands)
+            march = isinstance(self.batch.measure, March)
+            return self._marched(drawn) if march else self._projected(drawn)
         counts = _full(self.batch, self.count) if drawn.counts is None else drawn.counts
         if self.c.mode == "fp16":
             numbers = (counts * self.batch.y.shape[-1]).to(s.like.dtype)
             s.scale = torch.exp2(torch.round(torch.log2(numbers)))
-        s.backward(drawn.y, loss=self.batch.loss_parts, counts=counts, chain=self.back)
+        s.descend(
+            theta, operands, drawn.x, drawn.y, self.batch.loss_parts, counts, v, dual_operands,
+            back=self.back,
+        )  # fmt: skip
         return s.losses.sum(1)
 
     def _chain(self, gy: Tensor, dgy: Tensor | None) -> None:
@@ -197,9 +207,7 @@ class Inner:
         self.losses = empty(params, real, K, T)
         self.thetas = empty(params, real, K + 1 if keep else 1, T, P)
         sets = K if keep_state else min(K, 1)
-        self.states = [
-            tuple(empty(params, real, T, P) for _ in rule.state) for _ in range(sets)
-        ]
+        self.states = [tuple(empty(params, real, T, P) for _ in rule.state) for _ in range(sets)]
         self.zero = tuple(torch.zeros(T, P, dtype=real, device=params.device) for _ in rule.state)
         self.updates = empty(params, real, K, T, P) if keep_updates else None
         self.coefficients = _coefficients(rule, K, real, params.device)
@@ -375,11 +383,11 @@ class Passes:
         points = x.shape[1]
         y = empty(x, x.dtype, tasks, points, net.out_features)
         per_point = plan.row_bytes(c, x.dtype, False, keep=False)
-        fit = max(4096, plan.up(plan.DEFAULT_MEMORY // per_point // tasks, 128))
+        fit = max(4096, plan.up(_budget(None, x) // per_point // tasks, 128))
         operands = shade(c, params, Operands.empty(c, params.shape[0], params))
         for start in range(0, points, fit):
             part = x[:, start : start + fit]
-            s = Stream(c, tasks, part.shape[1], x, keep=False)
+            s = network(c, tasks, part.shape[1], x, keep=False)
             shown = s.forward(params, operands, part)
             if part.shape[1] == points:
                 return shown.view(T, N, -1)
@@ -427,11 +435,13 @@ class Passes:
             dy = torch.empty_like(gy)
         operands = Operands.empty(c, params.shape[0], params)
         along = Operands.empty(c, 1 if v is None else v.shape[0], params)
-        for ts in chunks(T, plan.task_bytes(c, N, real, dual), None):
+        for ts in chunks(T, plan.task_bytes(c, N, real, dual), _budget(None, x)):
             p, xs, vs, ws = (_take(a, ts) for a in (params, x, v, w))
             n = ts.stop - ts.start
-            s = Stream(
-                c, n, N, x, dual=dual, grad=not dual, want_x=want_x, tangent_x=w is not None
+            s: Any = (
+                Stream(c, n, N, x, dual=dual, grad=not dual, want_x=want_x, tangent_x=w is not None)
+                if want_x or w is not None
+                else network(c, n, N, x, dual=dual, grad=not dual)
             )
             mine = _first(operands, p.shape[0])
             shade(c, p, mine)
@@ -442,7 +452,7 @@ class Passes:
                     scale = s.v_scale = _power(vs).expand(n).contiguous()
                     scale = scale[: vs.shape[0]]
             dual_operands = None if vs is None else shade(c, vs, _first(along, vs.shape[0]), scale)
-            s.forward(p, mine, xs, vs, dual_operands, ws)
+            s.forward(p, mine, xs, vs, dual_operands, *([] if ws is None else [ws]))
             s.backward(gy[ts])
             s.gradient(gp[ts], tangent=dual)
             if want_x:
@@ -474,7 +484,7 @@ class Passes:
         losses = empty(params, real, batch.tasks)
         g = empty(params, real, batch.tasks, net.num_params) if grad else losses
         size = plan.task_bytes(c, _network_points(batch), real, False, back=grad)
-        for ts in chunks(batch.tasks, size, memory):
+        for ts in chunks(batch.tasks, size, _budget(memory, params)):
             seen = Seen(c, _part(batch, ts), back=grad)
             p = _take(params, ts)
             losses[ts] = seen.run(step, p, shade(c, p, Operands.empty(c, p.shape[0], p)))
@@ -500,7 +510,8 @@ class Passes:
         c, real, T = self._constants(net), params.dtype, batch.tasks
         params, v = params.expand(T, -1).contiguous(), v.expand(T, -1).contiguous()
         g, hv = torch.empty_like(v), torch.empty_like(v)
-        for ts in chunks(T, plan.task_bytes(c, _network_points(batch), real, True), memory):
+        size = plan.task_bytes(c, _network_points(batch), real, True)
+        for ts in chunks(T, size, _budget(memory, params)):
             product = Product(c, _part(batch, ts), True)
             product.run(step, params[ts], v[ts], hv[ts], None)
             product.seen.stream.gradient(g[ts])
@@ -537,7 +548,7 @@ class Passes:
         theta, losses = empty(params, params.dtype, T, P), empty(params, params.dtype, K, T)
         thetas = empty(params, params.dtype, K + 1, T, P) if keep else None
         size = plan.task_bytes(c, _network_points(batch), params.dtype, False)
-        for ts in chunks(T, size, memory):
+        for ts in chunks(T, size, _budget(memory, params)):
             done = self.graphs.run(
                 Inner, c, _take(draw._rows(params)[0], ts), _part(batch, ts), lr[:, ts], rule,
                 keep=keep,
@@ -578,13 +589,8 @@ class Passes:
         rates = None
         if learned is not None:
             rates = torch.zeros_like(learned, memory_format=torch.contiguous_format)
-        query = batch if batch.query is None else batch.query
-        size = plan.task_bytes(c, _network_points(batch), init.dtype, False)
-        if batch.query is not None:
-            size += plan.task_bytes(c, _network_points(query), init.dtype, False)
-        if order == 2:
-            size += plan.task_bytes(c, _network_points(batch), init.dtype, True)
-        for ts in chunks(T, size, memory):
+        size = maml_bytes(c, batch, init.dtype, order)
+        for ts in chunks(T, size, _budget(memory, init)):
             mine = None if rates is None else _rates_part(rates, T, ts)
             done = self.graphs.run(
                 Meta, c, draw._rows(init)[0], _part(batch, ts), lr[:, ts], rule,
@@ -640,6 +646,62 @@ def _network_points(batch: Batch) -> int:
     """Points of the network a step takes, of one task."""
     n = batch.per_step or batch.points
     return n * batch.measure.samples if isinstance(batch.measure, March) else n
+
+
+def _budget(memory: int | None, like: Tensor) -> int:
+    return plan.default_memory(like.device) if memory is None else memory
+
+
+def maml_bytes(c: Constants, batch: Batch, real: torch.dtype, order: int) -> int:
+    """Bytes of buffers a task of a meta-gradient needs."""
+    size = plan.task_bytes(c, _network_points(batch), real, False)
+    if batch.query is not None:
+        size += plan.task_bytes(c, _network_points(batch.query), real, False)
+    if order == 2:
+        size += plan.task_bytes(c, _network_points(batch), real, True)
+    return size
+
+
+def described(
+    net: MLP,
+    batch: Batch,
+    *,
+    precision: str | None = None,
+    order: int = 2,
+    max_memory: int | None = None,
+) -> str:
+    """What a meta-gradient of this batch runs, in words: kernels, tiles, chunks of tasks, bytes."""
+    c, real = _constants(net, precision or "fp32"), batch.y.dtype
+    lines = [
+        f"{net.activation} {c.net.encoded_features}-{net.width}x{net.depth - 1}-"
+        f"{net.out_features}, {c.mode}, sm_{plan.architecture()}"
+    ]
+    n = _network_points(batch)
+    for dual in (False, True)[: max(1, order)]:
+        name = "dual" if dual else "plain"
+        tile = plan.resident_tile(c, dual)
+        if tile is not None:
+            lines.append(f"{name}: resident, {tile}; no activations in memory")
+            continue
+        ahead, back = plan.stream_tiles(c, dual)
+        lines.append(f"{name}: ahead {ahead}")
+        lines.append(f"{name}: back {back}")
+        if net.depth > 2:
+            lines.append(f"{name}: weigh {plan.weigh_tile(c, False, dual, False)}")
+        if c.encoded:
+            lines.append(f"{name}: weigh features {plan.weigh_tile(c, True, dual, False)}")
+        lines.append(
+            f"{name}: {plan.row_bytes(c, real, dual)} bytes a point, kept as "
+            f"{c.kept(real)}, deltas as {c.stored(real)}"
+        )
+    size = maml_bytes(c, batch, real, order)
+    budget = _budget(max_memory, batch.y)
+    parts = list(chunks(batch.tasks, size, budget))
+    lines.append(
+        f"{batch.tasks} tasks of {n} points: {size} bytes each, budget {budget}: "
+        f"{len(parts)} chunk(s) of at most {parts[0].stop} tasks"
+    )
+    return "\n".join(lines)
 
 
 def _take(rows: Any, ts: slice) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..spec import MLP, encoding_tensors
 BARE = 4
 # Programs that fill a GPU once: an H200 has 132 multiprocessors.
 PROGRAMS = 132
-# Bytes of buffers in a call where max_memory is None.
+# Bytes of buffers in a call where max_memory is None: this, and at most an eighth of the device's.
 DEFAULT_MEMORY = 4 * 2**30
 
 OPERANDS = {
@@ -159,6 +159,16 @@ def architecture() -> int:
     return _capability(torch.cuda.current_device()) if torch.cuda.is_available() else 90
 
 
+def small_shared() -> bool:
+    """Whether a block has 99 KB of shared memory only: consumer GPUs."""
+    return architecture() in (86, 89, 120, 121)
+
+
+def classic_products() -> bool:
+    """Whether operands of products stand in registers (mma.sync)."""
+    return architecture() < 90 or small_shared()
+
+
 @lru_cache(maxsize=16)
 def _capability(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
@@ -180,30 +190,50 @@ class Tile:
 
 def stream_tiles(c: Constants, dual: bool) -> tuple[Tile, Tile]:
     """Of ``ahead`` and ``back``: the same points; accumulators of points × columns, twice where
-    dual. Before sm_90 operands of the products stand in registers, so that blocks are smaller."""
-    WP, old = c.width, architecture() < 90
-    wide = c.mode in ("fp16", "bf16")
-    depth, last = (64 if wide else 32), (16 if old else 32)
+    dual. Where the operands of products stand in registers (mma.sync: before sm_90, and on consumer
+    GPUs), blocks are smaller; so they are for fp32, whose operands are three times as many."""
+    WP, wide = c.width, c.mode in ("fp16", "bf16")
+    classic = classic_products()
+    heavy = dual and not wide
+    points = 128 if wide and not dual else 32 if heavy and classic else 64
+    depth = 64 if wide and not (dual and classic) else 32
+    last = 16 if classic or heavy else 32
     if WP <= 64:
-        depth = min(WP, depth)
-        return Tile(64, WP, depth, 4, 2, last), Tile(64, WP, depth, 4, 2, last)
-    points = 128 if wide and not dual else 64
-    stages = 3 if wide else 2
-    columns = 256 if WP == 256 and wide and not dual else 128
-    return Tile(points, columns, depth, 8, stages, last), Tile(points, 128, depth, 8, stages, last)
+        tile = Tile(min(points, 64), WP, min(WP, depth), 4, 2, last)
+        return tile, tile
+    stages = 3 if wide and not classic else 2
+    columns = 256 if WP == 256 and points == 128 and not classic else 128
+    ahead = Tile(points, 64 if heavy and not classic else columns, depth, 8, stages, last)
+    return ahead, replace(ahead, columns=min(ahead.columns, 128))
+
+
+def resident_tile(c: Constants, dual: bool) -> Tile | None:
+    """Of ``resident``, or None where activations and sums do not fit the registers, or operands the
+    shared memory. Blocks of 32 points: at 64 it spilled 400 bytes and more at width 64 (sm_90)."""
+    WP, L = c.width, c.net.depth
+    features = c.features if c.encoded else 0
+    if WP > 64 or features > 64 or c.net.out_features > 16 or (4 if dual else 6) < L:
+        return None
+    if WP == 64 and (c.mode == "fp32" or (dual and c.mode == "tf32")):
+        return None
+    if WP == 64 and small_shared() and (dual or c.mode == "tf32"):
+        return None
+    points = 16 if c.mode == "fp32" and dual else 32
+    return Tile(points, WP, WP, 8 if WP == 64 else 4, 1)
 
 
 def weigh_tile(c: Constants, features: bool, dual: bool, both: bool) -> Tile:
     """Of ``weigh``: blocks of (points: rows of W, columns: its columns) over ``depth`` points a
     turn; both: the gradient beside its tangent."""
     inner = c.features if features else c.width
-    wide = c.mode in ("fp16", "bf16")
-    depth = 64 if wide else 32
-    small = both or (dual and architecture() < 90) or not wide
+    wide, classic = c.mode in ("fp16", "bf16"), classic_products()
+    small = both or not wide or (dual and classic)
+    depth = 32 if not wide or (dual and classic) else 64
     rows = min(c.width, 64 if small else 128)
-    columns = min(inner, 256 if wide and not dual and inner == 256 else 128)
+    columns = min(inner, 256 if wide and not dual and not classic and inner == 256 else 128)
     columns = columns if inner % columns == 0 else 64
-    return Tile(rows, columns, depth, 8 if rows * columns >= 64 * 128 else 4, 3 if wide else 2)
+    stages = 3 if wide and not classic else 2
+    return Tile(rows, columns, depth, 8 if rows * columns >= 64 * 128 else 4, stages)
 
 
 # Memory ---
@@ -220,21 +250,30 @@ def row_bytes(c: Constants, real: torch.dtype, dual: bool, keep: bool = True) ->
     return size + real.itemsize * (4 if dual else 2) * 2 * c.net.out_features
 
 
-def task_bytes(
-    c: Constants, points: int, real: torch.dtype, dual: bool, back: bool = True
-) -> int:
+def task_bytes(c: Constants, points: int, real: torch.dtype, dual: bool, back: bool = True) -> int:
     """Bytes of buffers a task needs, one partial sum of the weights included."""
+    numbers = 2 if dual else 1
+    weights = max(0, c.net.depth - 2) * c.width**2 + c.encoded * c.width * c.features
+    if resident_tile(c, dual) is not None:
+        sums = weights + c.thin if back else 0
+        return numbers * real.itemsize * (points * c.net.out_features + sums)
     total = row_bytes(c, real, dual, back) * up(points, 128)
     if back:
-        weights = max(0, c.net.depth - 2) * c.width**2 + c.encoded * c.width * c.features
         tiles = -(-points // stream_tiles(c, dual)[0].points)
-        total += (2 if dual else 1) * real.itemsize * (weights + tiles * c.thin)
+        total += numbers * real.itemsize * (weights + tiles * c.thin)
     return total
 
 
-def chunks(tasks: int, per_task: int, budget: int | None) -> Iterator[slice]:
+def default_memory(device: torch.device) -> int:
+    """Bytes of buffers in a call where max_memory is None."""
+    if device.type != "cuda":
+        return DEFAULT_MEMORY
+    return min(DEFAULT_MEMORY, torch.cuda.get_device_properties(device).total_memory // 8)
+
+
+def chunks(tasks: int, per_task: int, budget: int) -> Iterator[slice]:
     """Tasks that fit the budget at a time; always one at least."""
-    fit = max(1, (DEFAULT_MEMORY if budget is None else budget) // max(per_task, 1))
+    fit = max(1, budget // max(per_task, 1))
     count = -(-tasks // fit)
     size = -(-tasks // count)  # equal chunks
     for start in range(0, tasks, size):

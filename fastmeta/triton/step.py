@@ -82,7 +82,9 @@ def weigh(
         vs = tl.load(v_scale + t)
     for r0 in range(s * rows, tl.minimum(s * rows + rows, NP), BR):
         r = r0 + tl.arange(0, BR)
-        g = tl.trans(operand(loaded(tl.load(delta + above + r[:, None] * WP + o[None, :]), MODE).to(REAL), MD))
+        where = above + r[:, None] * WP + o[None, :]
+        g = loaded(tl.load(delta + where), MODE).to(REAL)
+        g = tl.trans(operand(g, MD))
         if FEATURES:
             h, _, _ = features(
                 x + t * x_stride, dx + t * x_stride, basis, phi, r, r < N, i,
@@ -99,7 +101,8 @@ def weigh(
         if GRAD:
             acc = dot(g, a, acc, MD)
         if DUAL:
-            dg = tl.trans(operand(loaded(tl.load(ddelta + above + r[:, None] * WP + o[None, :]), MODE).to(REAL), MD))
+            dg = loaded(tl.load(ddelta + where), MODE).to(REAL)
+            dg = tl.trans(operand(dg, MD))
             dacc = dot(dg, a, dacc, MD)
             if XDUAL or not FEATURES:
                 dacc = dot(g, operand(h[1], MD), dacc, MD)
@@ -156,7 +159,8 @@ def _gathered(
     c = tl.arange(0, CHUNK)
     for m in range(0, tiles * some, CHUNK):
         rows = (m + c)[:, None]
-        block = tl.load(base + rows * size + j[None, :], mask=(rows < tiles) & slim[None, :], other=0.0)
+        there = (rows < tiles) & slim[None, :]
+        block = tl.load(base + rows * size + j[None, :], mask=there, other=0.0)
         total += tl.sum(block, 0)
     return total
 
@@ -205,16 +209,16 @@ def _shade_out(
 
 @triton.jit
 def shade(
-    params, scale, shadow, first, P, p_stride, s_size, blocks,
+    source, scale, shadow, first, P, p_stride, s_size, blocks,
     E: tl.constexpr, EP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, L: tl.constexpr,
     MODE: tl.constexpr, FIRST: tl.constexpr, ENCODED: tl.constexpr, SCALED: tl.constexpr,
     BP: tl.constexpr,
 ):  # fmt: skip
-    """The hidden weights (and an encoded first layer's) of params [T,P], times scale [T], rounded
+    """The hidden weights (and an encoded first layer's) of source [T,P], times scale [T], rounded
     to operands [T,L−2,WP,WP]; padding stays as it was: zero. One program: BP parameters."""
     t = (tl.program_id(0) // blocks).to(tl.int64)
     p = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)
-    theta = tl.load(params + t * p_stride + p, mask=p < P, other=0.0)
+    theta = tl.load(source + t * p_stride + p, mask=p < P, other=0.0)
     if SCALED:
         theta *= tl.load(scale + t)
     _shade_out(theta, shadow, first, t, p, P, s_size, E, EP, W, WP, L, MODE, FIRST, ENCODED)
@@ -223,7 +227,8 @@ def shade(
 @triton.jit
 def advance(
     part, first_part, thin, scale, theta, lr, coefficients, m_in, v_in, m_out, v_out, u_out,
-    next_theta, shadow, first, P, tiles, splits, first_splits, blocks, p_stride, lr_task, lr_param, s_size,
+    next_theta, shadow, first, P, tiles, splits, first_splits, blocks, p_stride, lr_task,
+    lr_param, s_size,
     D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     L: tl.constexpr, MODE: tl.constexpr, FIRST: tl.constexpr, ENCODED: tl.constexpr,
     RULE: tl.constexpr, NESTEROV: tl.constexpr, KEEP: tl.constexpr, BP: tl.constexpr,

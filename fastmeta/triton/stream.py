@@ -1,80 +1,23 @@
 """Buffers and launches of one network on T tasks of N points: the streamed kernels in order.
 
-``forward`` fills y; ``backward`` takes ȳ or a loss and leaves partial sums; ``gradient`` adds them
-up, ``advance`` makes the rule's step of them. Plain, or dual along v and ẋ.
+``forward`` fills y; ``backward`` takes ȳ or a loss and leaves partial sums, which ``gradient`` and
+``advance`` of ``sums`` add up. Plain, or dual along v and ẋ.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import mlp, plan, step
+from . import mlp, plan, step, sums
 from .launch import launch
 from .plan import Constants, empty, up
+from .sums import Operands, ones, stride
 
 _REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
-_BLOCK = 512  # parameters a program of gather, advance and shade owns
-
-
-@dataclass(frozen=True)
-class Operands:
-    """Padded operands of parameters: hidden [T or 1,L−2,WP,WP], first [T or 1,WP,EP]."""
-
-    hidden: Tensor
-    first: Tensor
-
-    @classmethod
-    def empty(cls, c: Constants, rows: int, like: Tensor) -> Operands:
-        """Zero: the padding is never written."""
-        real = like.dtype
-        hidden = c.operand if real == torch.float32 else real
-        first = plan.OPERANDS[c.first] if real == torch.float32 else real
-        L, WP = c.net.depth, c.width
-        opening = WP * c.features if c.encoded else 1
-        return cls(
-            torch.zeros(rows, max(1, (L - 2) * WP * WP), dtype=hidden, device=like.device),
-            torch.zeros(rows, opening, dtype=first, device=like.device),
-        )
-
-
-def stride(rows: Tensor) -> int:
-    """Elements from a task's row to the next; 0 where one row serves all."""
-    return rows.stride(0) if rows.shape[0] > 1 else 0
-
-
-@lru_cache(maxsize=32)
-def ones(tasks: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[T], never written to."""
-    return torch.ones(tasks, dtype=dtype, device=device)
-
-
-def shade(c: Constants, params: Tensor, out: Operands, scale: Tensor | None = None) -> Operands:
-    """``out`` becomes the operands of params [T or 1,P], times scale [T] where there is one."""
-    rows, P = params.shape
-    blocks = -(-P // _BLOCK)
-    keys = ("E", "EP", "W", "WP", "L", "MODE", "FIRST", "ENCODED")
-    launch(
-        step.shade,
-        (rows * blocks,),
-        {
-            "params": params,
-            "scale": params if scale is None else scale,
-            "shadow": out.hidden,
-            "first": out.first,
-            "P": P,
-            "p_stride": stride(params),
-            "s_size": out.hidden.shape[1],
-            "blocks": blocks,
-        },
-        {k: c.shapes()[k] for k in keys} | {"SCALED": scale is not None, "BP": _BLOCK},
-    )
-    return out
 
 
 class Stream:
@@ -222,8 +165,8 @@ class Stream:
 
     def _common(self, tile: plan.Tile) -> tuple[dict[str, Any], dict[str, Any]]:
         args = {
-            "params": self.params,
-            "dparams": self.v,
+            "theta": self.params,
+            "dtheta": self.v,
             "shadow": self.operands.hidden,
             "dshadow": self.dual_operands.hidden,
             "first": self.operands.first,
@@ -257,89 +200,37 @@ class Stream:
         }
         return args, consts
 
-    def _sums(self, dual: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Partial sums as ``gather`` and ``advance`` take them."""
-        P = self.c.net.num_params
+    def parts(self, dual: bool) -> sums.Parts:
+        """What every program left of the gradient, or of its tangent."""
 
         def part(weigher: _Weigher | None) -> tuple[Tensor, int]:
             if weigher is None:
                 return self.thin, 1
             return (weigher.dpart if dual else weigher.part), weigher.splits
 
-        (hidden, splits), (opening, first_splits) = part(self.hidden), part(self.opening)
-        args = {
-            "part": hidden,
-            "first_part": opening,
-            "thin": self.dthin if dual else self.thin,
-            "scale": self.scale,
-            "P": P,
-            "tiles": self.tiles,
-            "splits": splits,
-            "first_splits": first_splits,
-            "blocks": -(-P // _BLOCK),
-        }
-        keys = ("D", "E", "EP", "W", "WP", "L", "ENCODED")
-        return args, {k: self.c.shapes()[k] for k in keys} | {"BP": _BLOCK}
+        thin = self.dthin if dual else self.thin
+        return sums.Parts(*part(self.hidden), *part(self.opening), thin, self.tiles)
 
-    def gradient(self, out: Tensor, *, tangent: bool = False, start: Tensor | None = None) -> Tensor:
-        """out [T,P]: the gradient, or its tangent, plus start where there is one."""
-        args, consts = self._sums(tangent)
-        args |= {
-            "v_scale": self.v_scale,
-            "start": out if start is None else start,
-            "out": out,
-        }
-        launch(
-            step.gather,
-            (self.T * args["blocks"],),
-            args,
-            consts | {"DUAL": tangent, "ADD": start is not None},
-        )
-        return out
+    gradient = sums.gradient
+    advance = sums.advance
 
-    def advance(
+    def descend(
         self,
-        rule: Any,
-        theta: Tensor,
-        lr: Tensor,
-        coefficients: Tensor,
-        before: tuple[Tensor, ...],
-        after: tuple[Tensor, ...],
-        out: Tensor,
+        params: Tensor,
         operands: Operands,
-        update: Tensor | None = None,
+        x: Tensor,
+        target: Tensor,
+        loss: tuple[str, float | None],
+        counts: Tensor,
+        v: Tensor | None = None,
+        dual_operands: Operands | None = None,
+        *,
+        back: bool = True,
     ) -> None:
-        """out [T,P] = θ − α ⊙ u of this gradient; operands become those of out. lr [T,P] is a view;
-        before and after are the rule's state."""
-        args, consts = self._sums(False)
-        name = {"meta_sgd": "sgd"}.get(rule.name, rule.name)
-        m_in, v_in = (*before, out, out)[:2]
-        m_out, v_out = (*after, out, out)[:2]
-        args |= {
-            "theta": theta,
-            "lr": lr,
-            "coefficients": coefficients,
-            "m_in": m_in,
-            "v_in": v_in,
-            "m_out": m_out,
-            "v_out": v_out,
-            "u_out": out if update is None else update,
-            "next_theta": out,
-            "shadow": operands.hidden,
-            "first": operands.first,
-            "p_stride": stride(theta),
-            "lr_task": lr.stride(0),
-            "lr_param": lr.stride(1),
-            "s_size": operands.hidden.shape[1],
-        }
-        consts |= {
-            "MODE": self.c.mode,
-            "FIRST": self.c.first,
-            "RULE": name,
-            "NESTEROV": bool(getattr(rule, "nesterov", False)),
-            "KEEP": update is not None,
-        }
-        launch(step.advance, (self.T * args["blocks"],), args, consts)
+        """``forward``, then ``backward`` from a loss against target [T,N,C] over counts [T] points;
+        its parts in ``self.losses`` [T,tiles]."""
+        self.forward(params, operands, x, v, dual_operands)
+        self.backward(target, loss=loss, counts=counts, chain=back)
 
 
 class _Weigher:
