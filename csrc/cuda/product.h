@@ -30,10 +30,18 @@ struct OperandOf<Mode::kBf16> {
 template <Mode kMode>
 using Operand = typename OperandOf<kMode>::type;
 
-// Numbers between rows beyond the width: ldmatrix reads 8 rows of 16 bytes without a bank conflict
-// where a row is an odd number of 16 bytes; words (g, t) where it is 4 banks past a multiple of 32.
-template <Mode kMode>
-constexpr int kPad = is_short(kMode) ? 8 : 4;
+// Where element (row, column) of a matrix of operands lies. 16-bit rows are dense, their pieces of 16
+// bytes in an order that differs from row to row, so that 8 rows of one column of pieces, which
+// ldmatrix reads, meet no bank twice; words (g, t) meet none where a row is 4 banks past a multiple
+// of 32.
+template <Mode kMode, int kWidth>
+constexpr int kRow = is_short(kMode) ? kWidth : kWidth + 4;
+template <Mode kMode, int kWidth>
+FM_DEVICE int place(int row, int column) {
+  if constexpr (!is_short(kMode)) return row * kRow<kMode, kWidth> + column;
+  constexpr int kPieces = kWidth / 8, kShift = kPieces == 8 ? 0 : kPieces == 4 ? 1 : 2;
+  return row * kWidth + (column ^ (row >> kShift & (kPieces - 1)) * 8);
+}
 
 // Two neighbours of a row, rounded.
 template <Mode kMode>
@@ -51,12 +59,14 @@ FM_DEVICE void store_pair(Operand<kMode>* to, float low, float high) {
   }
 }
 
-// An operand in shared memory: element (i, j) of the product's A (row, k) or B (k, column) lies at
-// [i, j] or, flipped, at [j, i].
-template <Mode kMode>
+// An operand in shared memory. Element (i, j) of the product's A (row, k) or B (k, column) is its
+// (i, j) or, flipped, (j, i).
+template <Mode kMode, int kWidth>
 struct Matrix {
   const Operand<kMode>* at;
-  int stride;
+  FM_DEVICE const Operand<kMode>* corner(int row, int column) const {
+    return at + place<kMode, kWidth>(row, column);
+  }
 };
 
 template <Mode kMode>
@@ -68,16 +78,11 @@ FM_DEVICE void multiply_short(float (&c)[4], const uint32_t (&a)[4], const uint3
   }
 }
 
-// Row r, column c of a matrix of operands, where lane i of a warp-wide load points.
-template <Mode kMode>
-FM_DEVICE const void* corner(Matrix<kMode> m, int row, int column) {
-  return m.at + row * m.stride + column;
-}
-
 // sums, where asked for: += A · 1, the sums of A's rows, in the columns of one more fragment.
-template <Mode kMode, int kN, bool kFlipA, bool kFlipB>
-FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMode> b, int column,
-                        int depth, bool with_sums, float (&sums)[4]) {
+template <Mode kMode, int kN, bool kFlipA, bool kFlipB, int kWidth>
+FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode, kWidth> a, int row,
+                        Matrix<kMode, kWidth> b, int column, int depth, bool with_sums,
+                        float (&sums)[4]) {
   const int lane = thread_index() % 32, g = lane / 4, t = lane % 4;
   if constexpr (is_short(kMode)) {
     static_assert(kN % 2 == 0, "B comes by pairs of tiles");
@@ -85,12 +90,12 @@ FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMod
     const int left = (lane / 16) * 8, right = (lane / 8 % 2) * 8;
     FM_UNROLL for (int k = 0; k < depth; k += 16) {
       uint32_t fa[4];
-      load_matrices(fa, kFlipA ? corner(a, k + high, row + right) : corner(a, row + low, k + left),
+      load_matrices(fa, kFlipA ? a.corner(k + high, row + right) : a.corner(row + low, k + left),
                     kFlipA);
       FM_UNROLL for (int j = 0; j < kN; j += 2) {
         uint32_t fb[4];
         const int n = column + 8 * j;
-        load_matrices(fb, kFlipB ? corner(b, n + high, k + right) : corner(b, k + low, n + left),
+        load_matrices(fb, kFlipB ? b.corner(n + high, k + right) : b.corner(k + low, n + left),
                       !kFlipB);
         multiply_short<kMode>(c[j], fa, {fb[0], fb[1]});
         multiply_short<kMode>(c[j + 1], fa, {fb[2], fb[3]});
@@ -101,8 +106,8 @@ FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMod
       }
     }
   } else if constexpr (kMode == Mode::kTf32) {
-    const auto element = [](Matrix<kMode> m, bool flip, int i, int j) {
-      return bits_of(m.at[flip ? j * m.stride + i : i * m.stride + j]);
+    const auto element = [](Matrix<kMode, kWidth> m, bool flip, int i, int j) {
+      return bits_of(*(flip ? m.corner(j, i) : m.corner(i, j)));
     };
     FM_UNROLL for (int k = 0; k < depth; k += 8) {
       uint32_t fa[4];
@@ -119,8 +124,8 @@ FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMod
       if (with_sums) mma_tf32(sums, fa, {0x3f800000u, 0x3f800000u});
     }
   } else {
-    const auto element = [](Matrix<kMode> m, bool flip, int i, int j) {
-      return m.at[flip ? j * m.stride + i : i * m.stride + j];
+    const auto element = [](Matrix<kMode, kWidth> m, bool flip, int i, int j) {
+      return *(flip ? m.corner(j, i) : m.corner(i, j));
     };
     FM_UNROLL_8 for (int k = 0; k < depth; ++k) {
       const float a0 = element(a, kFlipA, row + g, k), a1 = element(a, kFlipA, row + g + 8, k);
@@ -140,9 +145,9 @@ FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMod
   }
 }
 
-template <Mode kMode, int kN, bool kFlipA, bool kFlipB>
-FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode> a, int row, Matrix<kMode> b, int column,
-                        int depth) {
+template <Mode kMode, int kN, bool kFlipA, bool kFlipB, int kWidth>
+FM_DEVICE void multiply(float (&c)[kN][4], Matrix<kMode, kWidth> a, int row,
+                        Matrix<kMode, kWidth> b, int column, int depth) {
   float none[4];
   multiply<kMode, kN, kFlipA, kFlipB>(c, a, row, b, column, depth, false, none);
 }

@@ -35,7 +35,10 @@ struct Shape {
   static constexpr bool kDual = kDual_, kShort = is_short(kMode_);
   static constexpr int kWidth = kH;
   static constexpr int kWarps = kH == 64 ? 8 : 4, kThreads = 32 * kWarps;
-  static constexpr int kBlocks = kH == 64 ? 1 : 2;  // a multiprocessor holds at least
+  static constexpr int kBlocks = kH == 64   ? (kShort && !kDual ? 2 : 1)
+                                 : kDual    ? 2
+                                 : kH == 32 ? 3
+                                            : 4;  // a multiprocessor holds at least
   static constexpr int kPoints = kH == 16   ? 64
                                  : kH == 32 ? (kDual ? 32 : 64)
                                             : (kShort ? 64 : 32) / (kDual ? 2 : 1);
@@ -44,7 +47,6 @@ struct Shape {
   static constexpr int kStrips = kPoints / 16;              // of 16 points
   static constexpr int kUnits = kH / 16 * (kH / (8 * kM));  // warps that own gradients
   static constexpr int kPlanes = kDual ? 2 : 1;             // value and tangent
-  static constexpr int kRow = kH + kPad<kMode>;             // of operands
   static constexpr int kTop = kH + 4;              // of the float32 input of the last layer
   static constexpr int kSegments = kThreads / kH;  // of points, in the sums of the edge layers
   static constexpr int kEdgeSums = kMaxInputs + 1 + kMaxOutputs + 1;
@@ -66,8 +68,8 @@ FM_HOST_DEVICE Layout layout_of(int depth) {
     y.size += rounded_up(bytes, 16);
     return at;
   };
-  y.weights = take(S::kPlanes * inner * S::kWidth * S::kRow * operand);
-  y.hidden = take(S::kPlanes * inner * S::kPoints * S::kRow * operand);
+  y.weights = take(S::kPlanes * inner * S::kWidth * kRow<S::kMode, S::kWidth> * operand);
+  y.hidden = take(S::kPlanes * inner * S::kPoints * kRow<S::kMode, S::kWidth> * operand);
   y.top = take(S::kPlanes * S::kPoints * S::kTop * 4);
   const int kept = (depth - 1) * S::kPoints * S::kWidth * S::kSlot;
   const int edges = S::kEdgeSums * S::kThreads * 4;  // there at the end of a pass
@@ -192,16 +194,16 @@ struct Block {
   FM_DEVICE Op* operands(int offset) const { return reinterpret_cast<Op*>(base + offset); }
   // Weights between hidden layers l and l + 1, [out, in].
   FM_DEVICE Op* weights(int l, int plane) const {
-    return operands(at.weights) + (plane * (depth - 2) + l) * kH * S::kRow;
+    return operands(at.weights) + (plane * (depth - 2) + l) * kH * kRow<kMode, kH>;
   }
   // h of hidden layer l, later δ of it. The last hidden layer's h is float32 (top); its δ, in the
   // operands' format, takes that place.
   FM_DEVICE Op* hidden(int l, int plane) const {
-    constexpr int kSize = S::kPoints * S::kRow;
+    constexpr int kSize = S::kPoints * kRow<kMode, kH>;
     return l < depth - 2 ? operands(at.hidden) + (plane * (depth - 2) + l) * kSize
                          : operands(at.top) + plane * kSize;
   }
-  FM_DEVICE Matrix<kMode> matrix(const Op* p) const { return {p, S::kRow}; }
+  FM_DEVICE Matrix<kMode, kH> matrix(const Op* p) const { return {p}; }
 
   // Parameters ---
 
@@ -222,7 +224,7 @@ struct Block {
       Op* w = weights(l, plane);
       for (int i = tid; i < kH * kH / 2; i += S::kThreads) {
         const int o = 2 * i / kH, c = 2 * i % kH;
-        store_pair<kMode>(w + o * S::kRow + c, scale * from[2 * i], scale * from[2 * i + 1]);
+        store_pair<kMode>(w + place<kMode, kH>(o, c), scale * from[2 * i], scale * from[2 * i + 1]);
       }
       from += kH * kH;
     }
@@ -432,8 +434,8 @@ struct Block {
       Op* to = hidden(l, plane);
       FM_UNROLL for (int j = 0; j < kN; ++j) {
         const int c = column + 8 * j + 2 * t;
-        store_pair<kMode>(to + (row + g) * S::kRow + c, h[plane][j][0], h[plane][j][1]);
-        store_pair<kMode>(to + (row + g + 8) * S::kRow + c, h[plane][j][2], h[plane][j][3]);
+        store_pair<kMode>(to + place<kMode, kH>(row + g, c), h[plane][j][0], h[plane][j][1]);
+        store_pair<kMode>(to + place<kMode, kH>(row + g + 8, c), h[plane][j][2], h[plane][j][3]);
       }
     }
   }
@@ -454,7 +456,7 @@ struct Block {
           }
         }
       } else {
-        const Matrix<kMode> h = matrix(hidden(l - 1, 0)), w = matrix(weights(l - 1, 0));
+        const Matrix<kMode, kH> h = matrix(hidden(l - 1, 0)), w = matrix(weights(l - 1, 0));
         multiply<kMode, kN, false, true>(z[0], h, row, w, column, kH);
         if constexpr (kDual) {
           multiply<kMode, kN, false, true>(z[1], h, row, matrix(weights(l - 1, 1)), column, kH);
@@ -496,8 +498,8 @@ struct Block {
                                int c, Number z) {
     const Data& d = *pass.data;
     Number y = {}, slope = {}, delta = {};
-    with_activation(hidden_twin(job.net.output),
-                    [&](auto tag) { activate<decltype(tag)::kValue>(z, 1.0f, y, slope); });
+    with_output(job.net.output,
+                [&](auto tag) { activate<decltype(tag)::kValue>(z, 1.0f, y, slope); });
     y = y + static_cast<float>(job.net.shift);
     if (index >= 0) {
       if (pass.y) pass.y[index * outputs + c] = kept(y) * (kDual ? 1.0f / pass.along : 1.0f);
@@ -569,9 +571,9 @@ struct Block {
     FM_UNROLL for (int j = 0; j < kM; ++j) {
       FM_UNROLL for (int e = 0; e < 4; ++e) sum[j][e] = mine[(4 * j + e) * S::kThreads];
     }
-    const Matrix<kMode> delta = matrix(hidden(l, 0)), h = matrix(hidden(l - 1, 0));
+    const Matrix<kMode, kH> delta = matrix(hidden(l, 0)), h = matrix(hidden(l - 1, 0));
     if constexpr (kDual) {
-      const Matrix<kMode> delta_d = matrix(hidden(l, 1)), h_d = matrix(hidden(l - 1, 1));
+      const Matrix<kMode, kH> delta_d = matrix(hidden(l, 1)), h_d = matrix(hidden(l - 1, 1));
       multiply<kMode, kM, true, false>(sum, delta_d, o, h, c, S::kPoints, c == 0, ones);
       multiply<kMode, kM, true, false>(sum, delta, o, h_d, c, S::kPoints);
     } else {
@@ -600,7 +602,7 @@ struct Block {
           FM_UNROLL for (int e = 0; e < 4; ++e) delta[plane][j][e] = 0;
         }
       }
-      const Matrix<kMode> d = matrix(hidden(l, 0)), w = matrix(weights(l - 1, 0));
+      const Matrix<kMode, kH> d = matrix(hidden(l, 0)), w = matrix(weights(l - 1, 0));
       multiply<kMode, kN, false, false>(delta[0], d, row, w, column, kH);
       if constexpr (kDual) {
         multiply<kMode, kN, false, false>(delta[1], matrix(hidden(l, 1)), row, w, column, kH);

@@ -114,5 +114,16 @@ FM_HOST_DEVICE void with_activation(Activation kind, F&& f) {
 #undef FM_CASE
   }
 }
+// The same for an output activation, by its twin among the hidden ones.
+template <class F>
+FM_HOST_DEVICE void with_output(Output kind, F&& f) {
+  switch (kind) {
+#define FM_CASE(name)    \
+  case Output::k_##name: \
+    return f(ActivationTag<hidden_twin(Output::k_##name)>{});
+    FM_OUTPUTS(FM_CASE)
+#undef FM_CASE
+  }
+}
 
 }  // namespace fastmeta
