@@ -17,7 +17,14 @@ namespace fastmeta {
 
 // Where a task's arrays lie in the room that the caller gives, in floats; size is that of a task.
 struct Room {
-  int64_t thetas, states, updates, lambda, direction, adjoints, rates, size;
+  int64_t thetas, states, updates, lambda, direction, adjoints, rates, size, parameters;
+};
+
+// Worked out before the launch: it lies among the kernel's arguments and takes no registers.
+struct Plan {
+  Layout layout;
+  Room at;
+  float* room;
 };
 
 FM_HOST_DEVICE int64_t count_parameters(const Network& n) {
@@ -45,6 +52,7 @@ FM_HOST_DEVICE Room room_of(const Job& job) {
   r.direction = take(walks ? P : 0);
   r.adjoints = take(walks ? states * P : 0);
   r.rates = take(meta && job.rates ? job.rates_size[0] * job.rates_size[2] : 0);
+  r.parameters = P;
   return r;
 }
 
@@ -52,14 +60,14 @@ template <class S>
 struct Program {
   const Job& job;
   Block<S> block;
-  Room at;
+  const Room& at;
   float* room;
   int64_t task, P;
   bool walks;
 
-  FM_DEVICE Program(const Job& j, float* all)
-      : job(j), block(j), at(room_of(j)), task(block_x()), P(count_parameters(j.net)) {
-    room = all + task * at.size;
+  FM_DEVICE Program(const Job& j, const Plan& plan)
+      : job(j), block(j, plan.layout), at(plan.at), task(block_x()), P(plan.at.parameters) {
+    room = plan.room + task * at.size;
     walks = job.op == Op::k_maml && job.order == 2;
   }
 
@@ -252,8 +260,8 @@ struct Program {
 };
 
 template <class S>
-FM_KERNEL void FM_BOUNDS(S::kThreads, S::kBlocks) resident(FM_CONSTANT Job job, float* room) {
-  Program<S> program(job, room);
+FM_KERNEL void FM_BOUNDS(S::kThreads, S::kBlocks) resident(FM_CONSTANT Job job, FM_CONSTANT Plan plan) {
+  Program<S> program(job, plan);
   if constexpr (S::kDual) {
     program.dual();
   } else {

@@ -55,14 +55,18 @@ struct Shape {
 
 // Where everything lies in shared memory, in bytes.
 struct Layout {
+  int depth, inputs, outputs;
   int weights, hidden, top, slopes, sums, bias_sums, first, biases, last, last_bias, points, index,
       ends, scratch, size;
 };
 
 template <class S>
-FM_HOST_DEVICE Layout layout_of(int depth) {
+FM_HOST_DEVICE Layout layout_of(int depth, int inputs = 0, int outputs = 0) {
   const int operand = static_cast<int>(sizeof(Operand<S::kMode>)), inner = depth - 2;
   Layout y = {};
+  y.depth = depth;
+  y.inputs = inputs;
+  y.outputs = outputs;
   const auto take = [&](int bytes) {
     const int at = y.size;
     y.size += rounded_up(bytes, 16);
@@ -136,18 +140,19 @@ struct Block {
 
   const Job& job;
   char* base;
-  Layout at;
-  int depth, inputs, outputs, tid, warp, row, column, g, t, turn = 0;
+  const Layout& at;
+  const int &depth, &inputs, &outputs;
+  int tid, warp, row, column, g, t, turn = 0;
   Sums sums;
   float loss;
 
-  FM_DEVICE explicit Block(const Job& j)
+  FM_DEVICE Block(const Job& j, const Layout& layout)
       : job(j),
         base(shared_memory()),
-        at(layout_of<S>(static_cast<int>(j.net.depth))),
-        depth(static_cast<int>(j.net.depth)),
-        inputs(static_cast<int>(j.net.in)),
-        outputs(static_cast<int>(j.net.out)),
+        at(layout),
+        depth(layout.depth),
+        inputs(layout.inputs),
+        outputs(layout.outputs),
         tid(thread_index()) {
     const int lane = tid % 32;
     warp = tid / 32;

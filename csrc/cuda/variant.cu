@@ -57,11 +57,15 @@ int sum(const float* from, int64_t stride, int64_t tasks, void* out, int64_t cou
 
 template <class S>
 int launch(const Job& job, float* room, int64_t parts, void* stream) {
-  const int bytes = layout_of<S>(static_cast<int>(job.net.depth)).size;
+  const Network& net = job.net;
+  const Plan plan = {layout_of<S>(static_cast<int>(net.depth), static_cast<int>(net.in),
+                                  static_cast<int>(net.out)),
+                     room_of(job), room};
+  const int bytes = plan.layout.size;
   static_cast<void>(stream);  // the emulator has none
   const int error = allow<S>(bytes);
   if (error) return error;
-  return FM_LAUNCH(resident<S>, job.data.tasks, parts, S::kThreads, bytes, stream, job, room);
+  return FM_LAUNCH(resident<S>, job.data.tasks, parts, S::kThreads, bytes, stream, job, plan);
 }
 
 int shared_bytes(int depth, bool dual) {
