@@ -154,8 +154,9 @@ class _Cuda:
         return reasons or self._room(case)
 
     def _room(self, case: Any) -> list[str]:
-        """The objection of shared memory that is too small for the network."""
-        if not torch.cuda.is_available():
+        """The objection of shared memory that is too small for the network; asked before the
+        kernels are compiled it is left to their launch, which raises."""
+        if not torch.cuda.is_available() or "library" not in vars(self):
             return []
         properties: Any = torch.cuda.get_device_properties()
         has = properties.shared_memory_per_block_optin

@@ -356,9 +356,11 @@ int main() {
 
 # The compiler ---
 
-# Registers at most, plain and dual, in any mode on any architecture; nothing may spill. A block of
-# width 64 has 256 threads, the others 128: 255 and 255 let one and two blocks run side by side.
-REGISTERS = {16: (200, 240), 32: (208, 240), 64: (208, 248)}
+# Registers at most, plain and dual, on any architecture: as many as let 4 and 3 blocks of 128 threads
+# run side by side, at width 64 (256 threads) 2 and 1; float32 and tf32 need more of it than that.
+# A plain kernel of width 64 may spill two registers, the others none.
+REGISTERS = {16: (128, 168), 32: (128, 168), 64: (128, 200)}
+WIDE = {"fp32": (176, 176), "tf32": (176, 176)}
 # (width, mode) -> KiB of shared memory of a block at depth 4, plain and dual
 SHARED = {
     (16, "fp32"): (43, 76), (16, "fp16"): (30, 60),
@@ -401,8 +403,9 @@ def check_registers(tmp_path, variant, arch):
     assert set(kernels) == {False, True}, done.stderr
     for dual, (stores, loads, registers) in kernels.items():
         print(f"{width} {mode} sm_{arch} {'dual' if dual else 'plain'}: {registers}, {stores}")
-        assert int(stores) == int(loads) == 0, (dual, stores, loads)
-        assert int(registers) <= REGISTERS[width][dual], (dual, registers)
+        most = WIDE[mode] if width == 64 and mode in WIDE else REGISTERS[width]
+        assert max(int(stores), int(loads)) <= (8 if width == 64 else 0), (dual, stores, loads)
+        assert int(registers) <= most[dual], (dual, registers)
 
 
 @pytest.mark.parametrize("variant", FAST, **NAME)

@@ -260,7 +260,8 @@ struct Program {
 };
 
 template <class S>
-FM_KERNEL void FM_BOUNDS(S::kThreads, S::kBlocks) resident(FM_CONSTANT Job job, FM_CONSTANT Plan plan) {
+FM_KERNEL void FM_BOUNDS(S::kThreads, S::kBlocks)
+    resident(FM_CONSTANT Job job, FM_CONSTANT Plan plan) {
   Program<S> program(job, plan);
   if constexpr (S::kDual) {
     program.dual();
