@@ -356,8 +356,8 @@ int main() {
 
 # The compiler ---
 
-# Registers at most, plain and dual, on any architecture: as many as let 4 and 3 blocks of 128 threads
-# run side by side, at width 64 (256 threads) 2 and 1; float32 and tf32 need more of it than that.
+# Registers at most, plain and dual, on any architecture: as many as let 4 and 3 blocks of 128
+# threads run side by side, at width 64 (256 threads) 2 and 1; float32 and tf32 need more of it than that.
 # A plain kernel of width 64 may spill two registers, the others none.
 REGISTERS = {16: (128, 168), 32: (128, 168), 64: (128, 200)}
 WIDE = {"fp32": (176, 176), "tf32": (176, 176)}

@@ -4,7 +4,8 @@
 //   maml      the same, then λ_K = ∇L_query(θ_K) / T (plain kernel); then
 //             λ_k = λ_{k+1} + H_k ḡ_k (+ ω ḡ_k), ā_k = −λ_{k+1} ⊙ u_k (dual kernel)
 //
-// One launch runs all steps of all tasks; the operands stay in shared memory for a pass, θ, the
+// Single passes of few tasks share the points of a task among blocks, whose sums a small second
+// kernel adds in order. One launch runs all steps of all tasks; the operands stay in shared memory for a pass, θ, the
 // rule's states and λ are float32 in device memory, which is read and written once a step by the
 // block that owns the task: 8 bytes a parameter and step against 24 multiply-adds a parameter and
 // 64 points. Sums over tasks are a small second kernel, in the order of the tasks.
@@ -24,7 +25,7 @@ struct Room {
 struct Plan {
   Layout layout;
   Room at;
-  float* room;
+  float* room;  // of single passes that several blocks share: a row of P + 1 for each block
 };
 
 FM_HOST_DEVICE int64_t count_parameters(const Network& n) {
@@ -61,13 +62,14 @@ struct Program {
   const Job& job;
   Block<S> block;
   const Room& at;
-  float* room;
+  float *room, *part;
   int64_t task, P;
   bool walks;
 
   FM_DEVICE Program(const Job& j, const Plan& plan)
       : job(j), block(j, plan.layout), at(plan.at), task(block_x()), P(plan.at.parameters) {
     room = plan.room + task * at.size;
+    part = plan.room + (task * blocks_y() + block_y()) * (P + 1);
     walks = job.op == Op::k_maml && job.order == 2;
   }
 
@@ -152,12 +154,18 @@ struct Program {
       const Pass pass = given ? given_pass(back) : loss_pass(data, loops ? k : job.step, back);
       block.load_parameters(loops ? theta(k) : row(job.params, job.params_stride), 0, 1.0f);
       const float loss = block.run(pass);
-      if (job.loss && block.tid == 0 && (last || !meta))
+      const bool shared = !loops && blocks_y() > 1;  // with other blocks
+      if (block.tid == 0 && shared && job.op != Op::k_mlp) {
+        part[P] = loss;
+      } else if (block.tid == 0 && job.loss && (last || !meta)) {
         static_cast<float*>(job.loss)[(last ? 0 : k * job.data.tasks) + task] = loss;
+      }
       if (!back) return;
       const float undo = 1.0f / pass.scale;
       const float share = meta ? undo / static_cast<float>(job.data.tasks) : undo;
-      float* to = meta ? room + at.lambda : static_cast<float*>(job.grad) + task * P;
+      float* to = shared ? part
+                  : meta ? room + at.lambda
+                         : static_cast<float*>(job.grad) + task * P;
       const RuleAt<float> rule = rule_at<float>(job.rule, k);
       block.each_gradient([&](int i, float g) {
         if (last) {
@@ -218,7 +226,7 @@ struct Program {
   FM_DEVICE void dual() {
     const bool meta = job.op == Op::k_maml, given = job.op == Op::k_mlp_dual;
     float *lambda = room + at.lambda, *direction = room + at.direction;
-    float* to = static_cast<float*>(given ? job.grad : job.hv) + task * P;
+    float* to = blocks_y() > 1 ? part : static_cast<float*>(given ? job.grad : job.hv) + task * P;
     const float decay =
         job.rule.kind == RuleKind::k_momentum ? static_cast<float>(job.rule.weight_decay) : 0.0f;
     FM_UNROLL_1 for (int64_t k = meta ? job.steps - 1 : 0; k >= 0; --k) {

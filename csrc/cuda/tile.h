@@ -9,12 +9,30 @@
 // backward: h in the operands' format, and φ' (16-bit modes: two bytes, the phase of a sine or φ'
 // in fp16). All sums have a fixed order.
 //
-// Work at width 64, depth 4, 2 coordinates, 3 outputs: 52 kFLOP a point of a step, of which 49 on
-// the tensor cores, and 2 · 192 sines; 4.2e12 sines and 790 TFLOP/s make 96 and 71 µs for 1024 tasks
-// of 1024 points: the special function unit is the bound, 0.48 ms for 5 steps. What this tiling
-// moves through shared memory (fragments 24 KB a layer and product, slopes 16, gradients 32, at 128
-// bytes a cycle) takes 2.5 times that: it is the next thing to lower, by keeping the gradients'
-// sums in registers.
+// Floors, T = 1024 tasks of N = 1024 points, 2-Wx3-3 (depth 4), one gradient step on an H200, at
+// 790 TFLOP/s in 16 bit, 4.2e12 sines and cosines a second (16 a cycle and multiprocessor) and 128
+// bytes of shared memory a cycle (33 TB/s); 5 steps at width 64: 0.34 to 0.48 ms.
+//
+//   width  FLOP a point  products   2 · 3 W sines   through shared memory, this tiling
+//   16     3.5 k         4 µs       24 µs           6 KB a point, 180 µs
+//   32     12 k          15 µs      48 µs           10 KB, 310 µs
+//   64     52 k          67 µs      96 µs           16 KB, 510 µs
+//
+// So the special function unit is the floor and shared memory what bounds this tiling: of its 16 KB a
+// point, fragments of the three products of two layers are 9, the gradients' sums 2, slopes and h the
+// rest. Next: those sums in registers, and 32 points a warp at width 64, would halve it (ESTIMATE;
+// nothing here has been timed). Device memory: θ read twice and written once a step, 100 KB a task
+// at width 64, 25 µs for 1024 tasks from the second-level cache.
+//
+//   width  threads  points (dual)  registers (dual)  KiB of shared memory at depth 4 (dual)
+//   16     128      64 (64)        124 (165)         16-bit 30 (60), others 43 (76)
+//   32     128      64 (32)        128 (168)         47 (65), 74 (85)
+//   64     256      64 (32)        128 (185)         113 (157): two blocks a multiprocessor
+//   64     256      32 (16)        168 (162)         fp32 and tf32: 122 (160)
+//
+// Registers as ptxas 13.0 reports them, the largest of sm_80, sm_90 and sm_100; no spills, but for 4
+// bytes at width 64 in bf16 on sm_80. Dropped: rows of 16-bit operands padded by 16 bytes (117 KiB at
+// width 64: one block a multiprocessor); slopes in float32 in the 16-bit modes (141 KiB).
 #pragma once
 
 #include "../abi.h"
@@ -35,10 +53,8 @@ struct Shape {
   static constexpr bool kDual = kDual_, kShort = is_short(kMode_);
   static constexpr int kWidth = kH;
   static constexpr int kWarps = kH == 64 ? 8 : 4, kThreads = 32 * kWarps;
-  static constexpr int kBlocks = kH == 64   ? (kShort && !kDual ? 2 : 1)
-                                 : kDual    ? 2
-                                 : kH == 32 ? 3
-                                            : 4;  // a multiprocessor holds at least
+  // a multiprocessor holds at least, as far as registers go
+  static constexpr int kBlocks = kH == 64 ? (kShort && !kDual ? 2 : 1) : kDual ? 3 : 4;
   static constexpr int kPoints = kH == 16   ? 64
                                  : kH == 32 ? (kDual ? 32 : 64)
                                             : (kShort ? 64 : 32) / (kDual ? 2 : 1);

@@ -26,6 +26,17 @@ FM_KERNEL void sum_tasks(const float* from, int64_t stride, int64_t tasks, float
   out[i] = sum;
 }
 
+// out [T, count] = Σ over a task's parts of from [T, parts, stride], columns first to first + count.
+FM_KERNEL void sum_parts(const float* from, int64_t parts, int64_t stride, float* out, int64_t tasks,
+                         int64_t count, int64_t first) {
+  const int64_t i = static_cast<int64_t>(block_x()) * 128 + thread_index();
+  if (i >= tasks * count) return;
+  const float* row = from + i / count * parts * stride + first + i % count;
+  float sum = 0;
+  for (int64_t s = 0; s < parts; ++s) sum += row[s * stride];
+  out[i] = sum;
+}
+
 #if defined(FM_EMULATE)
 #define FM_LAUNCH(kernel, x, y, threads, bytes, stream, ...)                               \
   (emulator::launch({static_cast<int>(x), static_cast<int>(y)}, threads, bytes,            \
@@ -72,20 +83,46 @@ int shared_bytes(int depth, bool dual) {
   return dual ? layout_of<Along>(depth).size : layout_of<Plain>(depth).size;
 }
 
-int64_t room(const Job& job) { return job.data.tasks * room_of(job).size; }
+// How many blocks share the points of a task: two for each multiprocessor of a large device, whatever
+// the device, so that sums have one order.
+template <class S>
+int64_t parts_of(const Job& job) {
+  if (job.op == Op::k_adapt || job.op == Op::k_maml || job.data.tasks >= 264) return 1;
+  const int64_t points = job.data.per_step ? job.data.per_step : job.data.points;
+  const int64_t tiles = (points + S::kPoints - 1) / S::kPoints, most = 264 / job.data.tasks;
+  return tiles < most ? tiles : most;
+}
+
+int64_t room(const Job& job) {
+  const int64_t plain = parts_of<Plain>(job), dual = parts_of<Along>(job);
+  const int64_t parts = plain > dual ? plain : dual, Q = count_parameters(job.net) + 1;
+  return job.data.tasks * (room_of(job).size + (parts > 1 && job.op != Op::k_mlp ? parts * Q : 0));
+}
+
+// A single pass, and the sums of its blocks.
+template <class S>
+int single(const Job& job, void* grad, float* room, void* stream) {
+  const int64_t parts = parts_of<S>(job), P = count_parameters(job.net), T = job.data.tasks;
+  int error = launch<S>(job, room, parts, stream);
+  if (error || parts == 1 || job.op == Op::k_mlp) return error;
+  if (grad)
+    error = FM_LAUNCH(sum_parts, (T * P + 127) / 128, 1, 128, 0, stream, room, parts, P + 1,
+                      static_cast<float*>(grad), T, P, int64_t{0});
+  if (error || !job.loss) return error;
+  return FM_LAUNCH(sum_parts, (T + 127) / 128, 1, 128, 0, stream, room, parts, P + 1,
+                   static_cast<float*>(job.loss), T, int64_t{1}, P);
+}
 
 int run(const Job& job, float* room, void* stream) {
   const int64_t tasks = job.data.tasks;
-  if (job.op == Op::k_mlp_dual) return launch<Along>(job, room, 1, stream);
-  int64_t parts = 1;
-  if (job.op == Op::k_mlp) {  // nothing is summed: the points of few tasks may fill the device
-    const int64_t tiles = (job.data.points + Plain::kPoints - 1) / Plain::kPoints;
-    parts = tasks >= 264 ? 1 : 264 / tasks;
-    parts = parts < tiles ? parts : tiles;
+  if (job.op == Op::k_mlp_dual) return single<Along>(job, job.grad, room, stream);
+  if (job.op != Op::k_adapt && job.op != Op::k_maml) {
+    const int error = single<Plain>(job, job.grad, room, stream);
+    if (error || job.op != Op::k_loss_hvp) return error;
+    return single<Along>(job, job.hv, room, stream);
   }
-  int error = launch<Plain>(job, room, parts, stream);
+  int error = launch<Plain>(job, room, 1, stream);
   if (error) return error;
-  if (job.op == Op::k_loss_hvp) return launch<Along>(job, room, 1, stream);
   if (job.op != Op::k_maml) return 0;
   if (job.order == 2 && job.steps) error = launch<Along>(job, room, 1, stream);
   if (error) return error;
