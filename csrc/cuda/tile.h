@@ -14,15 +14,15 @@
 // bytes of shared memory a cycle (33 TB/s); 5 steps at width 64: 0.34 to 0.48 ms.
 //
 //   width  FLOP a point  products   2 · 3 W sines   through shared memory, this tiling
-//   16     3.5 k         4 µs       24 µs           6 KB a point, 180 µs
-//   32     12 k          15 µs      48 µs           10 KB, 310 µs
-//   64     52 k          67 µs      96 µs           16 KB, 510 µs
+//   16     3.5 k         5 µs       24 µs           1.8 KB a point, 57 µs
+//   32     13 k          17 µs      48 µs           4.5 KB, 143 µs
+//   64     51 k          69 µs      96 µs           11.4 KB, 365 µs
 //
-// So the special function unit is the floor and shared memory what bounds this tiling: of its 16 KB a
-// point, fragments of the three products of two layers are 9, the gradients' sums 2, slopes and h the
-// rest. Next: those sums in registers, and 32 points a warp at width 64, would halve it (ESTIMATE;
-// nothing here has been timed). Device memory: θ read twice and written once a step, 100 KB a task
-// at width 64, 25 µs for 1024 tasks from the second-level cache.
+// So the special function unit is the floor, and shared memory what bounds this tiling: 42, 33 and
+// 26 % of the floor at best (counted, not timed). Of the 11.4 KB a point at width 64 the fragments of
+// the products are 4.5, the edge layers 3.8, the gradients' sums 1, slopes and h the rest. Next: the
+// edge layers' weights and δ by four numbers a load, the sums in registers, 32 points a warp. Device
+// memory: θ read twice and written once a step, 100 KB a task at width 64, 25 µs for 1024 tasks.
 //
 //   width  threads  points (dual)  registers (dual)  KiB of shared memory at depth 4 (dual)
 //   16     128      64 (64)        124 (165)         16-bit 30 (60), others 43 (76)
