@@ -3,7 +3,6 @@
 #pragma once
 
 #include "../abi.h"
-#include "product.h"
 
 namespace fastmeta {
 

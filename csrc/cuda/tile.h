@@ -197,8 +197,31 @@ struct Block {
   FM_DEVICE Number weight_first(int feature, int input) const {
     return load(at.first, kH * kMaxInputs, feature * kMaxInputs + input);
   }
-  FM_DEVICE Number weight_last(int output, int feature) const {
-    return load(at.last, kH * kMaxOutputs, output * kH + feature);
+  // Four numbers from place 4 i on, in one load for each plane.
+  struct alignas(16) Words {
+    float w[4];
+  };
+  struct Four {
+    Number x[4];
+  };
+  FM_DEVICE Four load_four(int offset, int count, int i) const {
+    const Words values = reinterpret_cast<const Words*>(base + offset)[i];
+    Four four;
+    if constexpr (kDual) {
+      const Words along = reinterpret_cast<const Words*>(base + offset)[count / 4 + i];
+      FM_UNROLL for (int c = 0; c < 4; ++c) four.x[c] = {values.w[c], along.w[c]};
+    } else {
+      FM_UNROLL for (int c = 0; c < 4; ++c) four.x[c] = values.w[c];
+    }
+    return four;
+  }
+  // Outputs 4 q to 4 q + 3: the last layer's weights of a feature, δ_L of a point; 0 where there are
+  // none.
+  FM_DEVICE Four weights_last(int feature, int q) const {
+    return load_four(at.last, kH * kMaxOutputs, feature * (kMaxOutputs / 4) + q);
+  }
+  FM_DEVICE Four ends(int p, int q) const {
+    return load_four(at.ends, S::kPoints * kMaxOutputs, p * (kMaxOutputs / 4) + q);
   }
   FM_DEVICE Number bias(int layer, int feature) const {
     return load(at.biases, (depth - 1) * kH, layer * kH + feature);
@@ -249,8 +272,11 @@ struct Block {
       }
       from += kH * kH;
     }
-    for (int i = tid; i < kH * outputs; i += S::kThreads)
-      floats(at.last)[plane * kH * kMaxOutputs + i] = scale * from[i];
+    for (int i = tid; i < kH * kMaxOutputs; i += S::kThreads) {
+      const int c = i % kMaxOutputs;
+      floats(at.last)[plane * kH * kMaxOutputs + i] =
+          c < outputs ? scale * from[c * kH + i / kMaxOutputs] : 0.0f;
+    }
     from += kH * outputs;
     for (int i = tid; i < outputs; i += S::kThreads)
       floats(at.last_bias)[plane * kMaxOutputs + i] = scale * from[i];
@@ -499,8 +525,11 @@ struct Block {
       Number z[kMaxOutputs] = {};
       for (int i = part; i < kH; i += 4) {
         const Number h = top(p, i);
-        FM_UNROLL for (int c = 0; c < kMaxOutputs; ++c) {
-          if (c < outputs) z[c] = plus_product(z[c], h, weight_last(c, i));
+        FM_UNROLL for (int q = 0; q < kMaxOutputs / 4; ++q) {
+          if (4 * q >= outputs) continue;
+          const Four w = weights_last(i, q);
+          FM_UNROLL for (int c = 0; c < 4; ++c) z[4 * q + c] =
+              plus_product(z[4 * q + c], h, w.x[c]);
         }
       }
       Number mine[2] = {};  // of outputs part and part + 4
@@ -512,6 +541,10 @@ struct Block {
       }
       FM_UNROLL_1 for (int c = part; c < outputs; c += 4) {
         finish_output(pass, mean, clamp, p, index, c, c < 4 ? mine[0] : mine[1]);
+      }
+      const int beyond = outputs / 4 * 4 + part;  // what ends() fills its four with
+      if (beyond >= outputs && beyond < kMaxOutputs) {
+        store(at.ends, S::kPoints * kMaxOutputs, p * kMaxOutputs + beyond, Number{});
       }
     }
   }
@@ -546,24 +579,51 @@ struct Block {
     const int feature = tid % kH;
     for (int p = tid / kH; p < S::kPoints; p += S::kSegments) {
       const Number h = top(p, feature);
-      FM_UNROLL for (int c = 0; c < kMaxOutputs; ++c) {
-        if (c < outputs) sums.last[c] = kept(end(p, c), h, sums.last[c]);
+      FM_UNROLL for (int q = 0; q < kMaxOutputs / 4; ++q) {
+        if (4 * q >= outputs) continue;
+        const Four d = ends(p, q);
+        FM_UNROLL for (int c = 0; c < 4; ++c) {
+          sums.last[4 * q + c] = kept(d.x[c], h, sums.last[4 * q + c]);
+        }
       }
       if (feature < outputs) sums.last_bias += kept(end(p, feature));
     }
-    FM_UNROLL for (int j = 0; j < kN; ++j) {
-      FM_UNROLL for (int e = 0; e < 4; ++e) {
-        Number sum = {};
-        FM_UNROLL for (int c = 0; c < kMaxOutputs; ++c) {
-          if (c < outputs)
-            sum = plus_product(sum, end(row + g + e / 2 * 8, c),
-                               weight_last(c, column + 8 * j + 2 * t + e % 2));
+    clear(delta);
+    FM_UNROLL for (int q = 0; q < kMaxOutputs / 4; ++q) {
+      if (4 * q >= outputs) continue;
+      const Four d[2] = {ends(row + g, q), ends(row + g + 8, q)};
+      FM_UNROLL for (int j = 0; j < kN; ++j) {
+        FM_UNROLL for (int right = 0; right < 2; ++right) {
+          const Four w = weights_last(column + 8 * j + 2 * t + right, q);
+          FM_UNROLL for (int low = 0; low < 2; ++low) {
+            Number sum = get(delta, j, 2 * low + right);
+            FM_UNROLL for (int c = 0; c < 4; ++c) sum = plus_product(sum, d[low].x[c], w.x[c]);
+            put(delta, j, 2 * low + right, sum);
+          }
         }
-        delta[0][j][e] = value(sum);
-        if constexpr (kDual) delta[1][j][e] = sum.d;
       }
     }
     times_slope(depth - 2, delta);
+  }
+
+  // A fragment's element as a number.
+  FM_DEVICE static Number get(const float (&f)[kPlanes][kN][4], int j, int e) {
+    if constexpr (kDual) {
+      return {f[0][j][e], f[1][j][e]};
+    } else {
+      return f[0][j][e];
+    }
+  }
+  FM_DEVICE static void put(float (&f)[kPlanes][kN][4], int j, int e, Number x) {
+    f[0][j][e] = value(x);
+    if constexpr (kDual) f[1][j][e] = x.d;
+  }
+  FM_DEVICE static void clear(float (&f)[kPlanes][kN][4]) {
+    FM_UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
+      FM_UNROLL for (int j = 0; j < kN; ++j) {
+        FM_UNROLL for (int e = 0; e < 4; ++e) f[plane][j][e] = 0;
+      }
+    }
   }
 
   FM_DEVICE void times_slope(int l, float (&delta)[kPlanes][kN][4]) const {
@@ -618,11 +678,7 @@ struct Block {
       write_hidden(l, delta);
       FM_MEET();
       add_weight_gradient(l);
-      FM_UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
-        FM_UNROLL for (int j = 0; j < kN; ++j) {
-          FM_UNROLL for (int e = 0; e < 4; ++e) delta[plane][j][e] = 0;
-        }
-      }
+      clear(delta);
       const Matrix<kMode, kH> d = matrix(hidden(l, 0)), w = matrix(weights(l - 1, 0));
       multiply<kMode, kN, false, false>(delta[0], d, row, w, column, kH);
       if constexpr (kDual) {
