@@ -56,19 +56,21 @@ inline jmp_buf scheduler_jump;
 
 inline int thread() { return current; }
 
+// What returns twice stays out of its callers: their variables may lie in registers.
+#define FM_OUT_OF_LINE inline __attribute__((noinline))
 // swapcontext asks the kernel at every switch; setjmp does not, but the address sanitizer cannot
 // follow it from stack to stack.
 #if defined(__SANITIZE_ADDRESS__)
-inline void leave() { swapcontext(&fibers[current].context, &scheduler); }
-inline void enter(int i) {
+FM_OUT_OF_LINE void leave() { swapcontext(&fibers[current].context, &scheduler); }
+FM_OUT_OF_LINE void enter(int i) {
   current = i;
   swapcontext(&scheduler, &fibers[i].context);
 }
 #else
-inline void leave() {
+FM_OUT_OF_LINE void leave() {
   if (!_setjmp(fibers[current].jump)) _longjmp(scheduler_jump, 1);
 }
-inline void enter(int i) {
+FM_OUT_OF_LINE void enter(int i) {
   current = i;
   if (_setjmp(scheduler_jump)) return;
   if (fibers[i].started) _longjmp(fibers[i].jump, 1);
@@ -244,19 +246,20 @@ inline bool release() {  // true if the block met
   return true;
 }
 
+FM_OUT_OF_LINE void prepare(Fiber& f) {
+  if (!f.stack) f.stack.reset(new char[kStack]);
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack.get();
+  f.context.uc_stack.ss_size = kStack;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, start, 0);
+  f.state = State::kReady;
+  f.started = false;
+  f.parity = 0;
+}
+
 inline bool run_block(std::mt19937_64& random) {
-  for (int i = 0; i < threads; ++i) {
-    Fiber& f = fibers[i];
-    if (!f.stack) f.stack.reset(new char[kStack]);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, start, 0);
-    f.state = State::kReady;
-    f.started = false;
-    f.parity = 0;
-  }
+  for (Fiber& f : fibers) prepare(f);
   std::vector<int> order(warps.size());
   for (;;) {
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);

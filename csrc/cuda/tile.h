@@ -16,23 +16,24 @@
 //   width  FLOP a point  products   2 · 3 W sines   through shared memory, this tiling
 //   16     3.5 k         5 µs       24 µs           1.8 KB a point, 57 µs
 //   32     13 k          17 µs      48 µs           4.5 KB, 143 µs
-//   64     51 k          69 µs      96 µs           11.4 KB, 365 µs
+//   64     51 k          69 µs      96 µs           10 KB, 320 µs
 //
 // So the special function unit is the floor, and shared memory what bounds this tiling: 42, 33 and
-// 26 % of the floor at best (counted, not timed). Of the 11.4 KB a point at width 64 the fragments of
-// the products are 4.5, the edge layers 3.8, the gradients' sums 1, slopes and h the rest. Next: the
-// edge layers' weights and δ by four numbers a load, the sums in registers, 32 points a warp. Device
-// memory: θ read twice and written once a step, 100 KB a task at width 64, 25 µs for 1024 tasks.
+// 30 % of the floor at best (counted, not timed). Of the 10 KB a point at width 64 the fragments of
+// the products are 4.5, the edge layers 2.5, the gradients' sums 1, slopes and h the rest. Next: the
+// sums in registers, 32 points a warp. Device memory: θ read twice and written once a step, 100 KB
+// a task at width 64, 25 µs for 1024 tasks.
 //
 //   width  threads  points (dual)  registers (dual)  KiB of shared memory at depth 4 (dual)
-//   16     128      64 (64)        124 (165)         16-bit 30 (60), others 43 (76)
+//   16     128      64 (64)        128 (168)         16-bit 30 (61), others 43 (76)
 //   32     128      64 (32)        128 (168)         47 (65), 74 (85)
-//   64     256      64 (32)        128 (185)         113 (157): two blocks a multiprocessor
-//   64     256      32 (16)        168 (162)         fp32 and tf32: 122 (160)
+//   64     256      64 (32)        128 (222)         113 (157): two blocks a multiprocessor
+//   64     256      32 (16)        168 (168)         fp32 and tf32: 122 (160)
 //
-// Registers as ptxas 13.0 reports them, the largest of sm_80, sm_90 and sm_100; no spills, but for 4
-// bytes at width 64 in bf16 on sm_80. Dropped: rows of 16-bit operands padded by 16 bytes (117 KiB at
-// width 64: one block a multiprocessor); slopes in float32 in the 16-bit modes (141 KiB).
+// Registers as ptxas 13.0 reports them on sm_90; no spills, but for 32 bytes of the plain kernel of
+// width 64 in fp16 (none where the edge layers read one number a load, at 1.3 KB a point more).
+// Dropped: rows of 16-bit operands padded by 16 bytes (117 KiB at width 64: one block a
+// multiprocessor); slopes in float32 in the 16-bit modes (141 KiB).
 #pragma once
 
 #include "../abi.h"
@@ -589,8 +590,7 @@ struct Block {
       if (feature < outputs) sums.last_bias += kept(end(p, feature));
     }
     clear(delta);
-    FM_UNROLL for (int q = 0; q < kMaxOutputs / 4; ++q) {
-      if (4 * q >= outputs) continue;
+    FM_UNROLL_1 for (int q = 0; 4 * q < outputs; ++q) {
       const Four d[2] = {ends(row + g, q), ends(row + g + 8, q)};
       FM_UNROLL for (int j = 0; j < kN; ++j) {
         FM_UNROLL for (int right = 0; right < 2; ++right) {
