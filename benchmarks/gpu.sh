@@ -135,7 +135,8 @@ sanitize() {
         --error-exitcode 86 --print-limit 20 "$PYTHON" benchmarks/smoke.py "$IMPL" >"$SCRATCH/$tool" 2>&1
     code=$?
     tail -40 "$SCRATCH/$tool"
-    if grep -qi "device not supported\|unable to launch\|error 999\|unsupported" "$SCRATCH/$tool"; then
+    if grep -qi "device not supported\|error 999\|^=========.*\(unable\|internal error\)" \
+        "$SCRATCH/$tool"; then
         echo "$tool: skipped, it refuses this machine"
         return 77
     fi

@@ -81,12 +81,13 @@ def unique() -> dict[tuple, Any]:
     return found
 
 
-def compile_part(index: int, count: int, deadline: float) -> None:
-    """The kernels index, index + count, ...: machine code, and the launcher beside it."""
+def compile_part(index: int, count: int, deadline: float) -> int:
+    """The kernels index, index + count, ...: machine code, and the launcher beside it. How many did
+    not compile."""
     import torch
 
     torch.cuda.init()
-    done = 0
+    done = failed = 0
     for launch in list(unique().values())[index::count]:
         if time.monotonic() > deadline:
             break
@@ -103,9 +104,11 @@ def compile_part(index: int, count: int, deadline: float) -> None:
                 kernel._init_handles()
             done += 1
         except Exception as error:
+            failed += 1
             name = launch.kernel.__name__
             print(f"{name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
-    print(f"part {index}: {done} kernels", flush=True)
+    print(f"part {index}: {done} kernels, {failed} failed", flush=True)
+    return failed
 
 
 def main() -> int:
@@ -124,8 +127,7 @@ def main() -> int:
         return 0
     if how.part:
         index, count = (int(n) for n in how.part.split("/"))
-        compile_part(index, count, start + how.seconds)
-        return 0
+        return int(compile_part(index, count, start + how.seconds) > 0)
     seconds = ["--seconds", str(how.seconds)]
     jobs = [[__file__, "--part", f"{i}/{how.jobs}", *seconds] for i in range(how.jobs)] + [
         [str(HERE / "gpu.py"), "--prepare", f"{i}/{COMPILERS}", *seconds] for i in range(COMPILERS)

@@ -83,7 +83,8 @@ def test_both_sides_of_the_border_list_the_same():
 
 
 def test_the_source_distribution_carries_the_kernels_sources(tmp_path):
-    skip = shutil.ignore_patterns(".git", ".venv*", "runs", "*.egg-info", "__pycache__", ".*_cache")
+    names = ".git", ".venv*", "build", "runs", "*.egg-info", "__pycache__", ".*_cache"
+    skip = shutil.ignore_patterns(*names)
     shutil.copytree(ROOT, tmp_path / "fastmeta", ignore=skip)
     code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
     done = subprocess.run(

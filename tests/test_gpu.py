@@ -8,11 +8,11 @@ Without a GPU everything is skipped, unless a worker is named: then it fails (un
 interpreter it is skipped, for that is no GPU). FASTMETA_TEST_GPU_LOG names a file that takes one
 line a comparison: label, what, error, bound.
 
-Bounds are relative errors ``‖ours − exact‖ / ‖exact‖`` of values, gradients and dual passes,
-measured by rounding operands in float64 on sine (w0 = 30) and ReLU networks, widths 64 to 256, with
-a margin of about two (dual: twice the gradient's). They are wide for 16-bit; what rounds as the
-kernels round is compared under the interpreter. Here the aim is the machine: layouts, races,
-masks, streams.
+Bounds are relative errors ``‖ours − exact‖ / ‖exact‖`` of values, gradients and dual passes on sine
+networks (w0 = 30), about four times the worst that Triton's interpreter shows, which rounds where
+the kernels round: widths 32 to 128 gave 7e-4, 8e-4, 1e-3 in tf32 and fp16, 6e-3, 6e-3, 8e-3 in
+bf16. For fp32 the interpreter computes exact products; three TF32 products, emulated, gave 3e-5 at
+most. ReLU networks jump where a rounding crosses a kink (5e-2 in tf32): their slack is 15.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 
 # value, gradient, dual
 BOUNDS = {
-    "fp32": (1e-4, 2e-3, 4e-3),
-    "tf32": (1.5e-2, 4e-2, 8e-2),
-    "fp16": (6e-3, 2e-2, 4e-2),
-    "bf16": (1.5e-2, 8e-2, 1.6e-1),
+    "fp32": (1e-4, 2e-4, 4e-4),
+    "tf32": (3e-3, 5e-3, 8e-3),
+    "fp16": (3e-3, 5e-3, 8e-3),
+    "bf16": (1.5e-2, 2.5e-2, 4e-2),
 }
 # Meta-gradient on meta-trained weights, first and last layer in fp32: cosine to float64.
 COSINES = {"fp32": 0.9999, "tf32": 0.999, "fp16": 0.999, "bf16": 0.99}
@@ -214,7 +214,8 @@ def rule_cases() -> list[Case]:
                     return (net, init, batch, lr, rule), {"order": order, "learned": learned}
 
                 learned = "fixed" if shape is None else f"learned{len(shape)}"
-                found.append(Case(f"{rule_name}-order{order}-{learned}", "maml", "fp32", make))
+                label = f"{rule_name}-order{order}-{learned}"
+                found.append(Case(label, "maml", "fp32", make, 10.0))
 
         def adapt(device: str, rule=rule, step=step) -> tuple[tuple, dict]:
             lr = 10 * step * torch.linspace(0.5, 2.0, T, device=device)[None, :, None]
@@ -222,7 +223,7 @@ def rule_cases() -> list[Case]:
             batch = single(points(net, T, N), device)
             return (net, init, batch, lr.expand(K, T, net.num_params), rule), {"keep": True}
 
-        found.append(Case(rule_name, "adapt", "fp32", adapt))
+        found.append(Case(rule_name, "adapt", "fp32", adapt, 10.0))
     return found
 
 
@@ -272,7 +273,7 @@ def measured_cases() -> list[Case]:
                     "maml": ((net, p[:1], b, lr, SGD()), {"order": 2}),
                 }[name]
 
-            found.append(Case(label, name, precision, make))
+            found.append(Case(label, name, precision, make, 10.0))
     return found
 
 
@@ -319,10 +320,9 @@ def network_cases() -> list[Case]:
             found += passes_of(f"siren{width}-T{T}", precision, siren(width), T, N, loops)
         for width in (32, 128):
             one = ("mlp", "loss", "loss_grad")
-            found += passes_of(f"siren{width}-N1", precision, siren(width), 2, 1, one)
-    # x̄ jumps where a rounding crosses a kink: 4.7e-2 was seen in tf32
-    found += passes_of("relu64", "tf32", ladder(64), 3, 129, ("mlp_grad", *loops), slack=3.0)
-    found += passes_of("relu96", "fp16", ladder(96), 3, 129, ("mlp_dual", *loops), slack=3.0)
+            found += passes_of(f"siren{width}-N1", precision, siren(width), 2, 1, one, slack=4.0)
+    found += passes_of("relu64", "tf32", ladder(64), 3, 129, ("mlp_grad", *loops), slack=15.0)
+    found += passes_of("relu96", "fp16", ladder(96), 3, 129, ("mlp_dual", *loops), slack=15.0)
     for width in (24, 48, 200, 320):
         found += passes_of(f"siren{width}-T1", "bf16", siren(width), 1, 65, ("loss_grad",))
     for net in (fm.siren(2, 3, 32, 2, 30.0), fm.MLP(5, 3, 32, 16, "silu")):
@@ -439,6 +439,27 @@ def test_the_meta_gradient_of_a_trained_start(precision, impl):
     assert error(loss, exact_loss) <= 4 * BOUNDS[precision][0]
 
 
+# Layouts ---
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_inputs_need_not_be_dense_or_aligned(width, impl):
+    net, T, N = siren(width), 3, 100
+    p = torch.empty(T, net.num_params + 1, device="cuda")[:, 1:].copy_(parameters(net, T))
+    x, y = rand(T, N, 2).float().cuda(), rand(T, N, 3, seed=1).float().cuda()
+    passes = dispatch.load(impl)[0].at("fp32")
+    want = passes.loss_grad(net, p.clone(), fm.Batch(x, y))[1]
+    for batch in (
+        fm.Batch(x.mT.contiguous().mT, y),
+        fm.Batch(x, y.mT.contiguous().mT),
+        fm.Batch(x.repeat(1, 1, 2)[..., :2], y.repeat(1, 1, 2)[..., :3]),
+    ):
+        assert error(passes.loss_grad(net, p, batch)[1], want) < 1e-5
+    shared = y[:1].expand(T, -1, -1)
+    want = passes.loss_grad(net, p, fm.Batch(x, shared.contiguous()))[1]
+    assert error(passes.loss_grad(net, p, fm.Batch(x, shared))[1], want) < 1e-5
+
+
 # Graphs, streams, memory ---
 
 
@@ -457,13 +478,13 @@ def meta(impl: str, net: fm.MLP, init: Tensor, batch: fm.Batch, precision: str) 
 def test_a_replay_takes_other_data(width, precision, impl):
     """The second and third call of a shape replay a graph: over new data, parameters and rates."""
     net = siren(width)
-    bound = BOUNDS[precision][1]
+    bound = 4 * BOUNDS[precision][1]  # three steps add up
     for seed, lr in ((1, 1e-3), (5, 2e-3), (9, 5e-4)):
         batch, p = image_batch(seed), parameters(net, 3, seed).float().cuda()
         ours = fm.adapt(net, p, batch, 3, lr, impl=impl, precision=precision)
         want = fm.adapt(net, p.double(), exact(batch), 3, lr, impl="reference")
         assert error(ours.params.double() - p, want.params - p) <= bound
-        assert error(ours.losses, want.losses) <= BOUNDS[precision][0]
+        assert error(ours.losses, want.losses) <= bound
         g = meta(impl, net, p[0], batch, precision)
         want = meta("reference", net, p[0].double(), exact(batch), None)
         assert error(g, want) <= 2 * bound
@@ -554,7 +575,7 @@ def test_chunks_of_tasks_give_the_same_numbers(width, impl):
         run = getattr(passes, name)
         whole = run(net, start, batch, lr, SGD(), **more)
         parts = run(net, start, batch, lr, SGD(), max_memory=0, **more)
-        assert all(error(b, a) < 1e-5 for a, b in zip(whole[:2], parts[:2], strict=True))
+        assert all(error(b, a) < 1e-4 for a, b in zip(whole[:2], parts[:2], strict=True))
 
 
 @pytest.fixture
@@ -582,7 +603,7 @@ def test_large_indices(impl):
     net, T, N = fm.siren(2, 3, 64, 3, 30.0), 1100, 32768
     p = parameters(net, 1).float().cuda()
     x = rand(N, 2, seed=1).float().cuda()
-    y = rand(1, N, 3, seed=2).float().cuda().expand(T, -1, -1)
+    y = rand(1, N, 3, seed=2).float().cuda().repeat(T, 1, 1)
     passes = dispatch.load(impl)[0].at("bf16")
     _, many = passes.loss_grad(net, p, fm.Batch(x, y), 0, 2**40)  # one chunk
     _, one = passes.loss_grad(net, p, fm.Batch(x, y[:1]))

@@ -113,12 +113,12 @@ def single(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("density", ["relu", "softplus"])
-@pytest.mark.parametrize("samples", [2, 5, 33, 64, 100, 128, 200, 600])
+@pytest.mark.parametrize("samples", [2, 33, 100, 128, 200, 600])
 def test_composite_and_its_adjoint_plain_and_dual(samples, density):
     shape = (2, 9) if samples < 100 else (3,)
     raw, t, vraw, vt = rays(samples, density, *shape)
     g = bars(*shape)
-    for last, white in CASES[: 4 if samples < 100 else 2]:
+    for last, white in CASES[: 4 if samples == 2 else 2]:
         march = fm.March(samples, last, white, density)
         got = (
             *render.composite(raw, t, march),
@@ -136,7 +136,7 @@ def test_composite_and_its_adjoint_plain_and_dual(samples, density):
 
 
 @pytest.mark.parametrize("density", ["relu", "softplus"])
-@pytest.mark.parametrize("samples", [5, 33, 128, 600])
+@pytest.mark.parametrize("samples", [5, 128, 600])
 def test_composite_in_float32(samples, density):
     shape = (2, 9) if samples < 100 else (4,)
     inputs = single(*rays(samples, density, *shape))
@@ -219,7 +219,7 @@ def test_opacity_and_softplus_keep_their_relative_precision(tau):
         for kind in LOSSES
         for counts, size in ((None, (5, 150)), ([1, 7, 9], (100, 9)))
     ]
-    + [(("mse", None), [1, 7, 9], 300, 9), (("l1", 0.4), None, 300, 9)],
+    + [(("mse", None), [1, 7, 9], 300, 9)],
 )
 def test_march_loss_and_adjoint_in_one_launch(kind, counts, samples, rays_):
     T, R = 3, rays_
@@ -375,16 +375,16 @@ def test_points(dtype, width, channels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("samples", [2, 33, 128, 130])
+@pytest.mark.parametrize("samples", [2, 33, 130])
 def test_rays(dtype, samples):
     o, d, y = (rand(3, 21, 3, seed=i, low=-1).to(dtype) for i in range(3))
     march = fm.March(samples)
     near = torch.tensor([0.1, 0.2, 0.3], dtype=dtype)
     for ends in ((0.1, 6.3), (near, 2.0), (near, near + 1 / 3), (-1, torch.tensor(0.7)), (0, 1)):
         rays_ = fm.Rays(o, d, *ends)
-        assert_drawn(fm.Batch(rays_, y, measure=march), 0)
-        assert_drawn(fm.Batch(rays_, y, measure=march, seed=SEED), 1)
         assert_drawn(fm.Batch(rays_, y, measure=march, seed=SEED, per_step=19), 7)
+    assert_drawn(fm.Batch(rays_, y, measure=march), 0)
+    assert_drawn(fm.Batch(rays_, y, measure=march, seed=SEED), 1)
     counts = torch.tensor([1, 21, 16])
     o[0, 1:], d[2, 16:], y[0, 1:] = math.nan, math.nan, math.nan
     rays_ = fm.Rays(o, d, 0.5, 2.5)

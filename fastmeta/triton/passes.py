@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +31,12 @@ def guarded(function: Any) -> Any:
     return run
 
 
-def _power(g: Tensor) -> Tensor:
-    """[T]: the powers of two that bring each task's largest |g| to [½,1); 1 where all are 0."""
-    largest = g.abs().flatten(1).amax(1)
+def _power(*numbers: Tensor) -> Tensor:
+    """[T]: the powers of two that bring each task's largest |number| to [½,1); 1 where all are
+    0."""
+    largest = reduce(torch.maximum, (g.abs().flatten(1).amax(1) for g in numbers))
     exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))[1]
-    return torch.ldexp(torch.ones_like(largest), -exponent)
+    return torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, -exponent, 0))
 
 
 def _full(batch: Batch, points: int) -> Tensor:
@@ -449,7 +450,8 @@ class Passes:
             if c.mode == "fp16":
                 s.scale = _power(gy[ts])
                 if vs is not None:
-                    scale = s.v_scale = _power(vs).expand(n).contiguous()
+                    tangents = (vs,) if ws is None else (vs, ws)
+                    scale = s.v_scale = _power(*tangents).expand(n).contiguous()
                     scale = scale[: vs.shape[0]]
             dual_operands = None if vs is None else shade(c, vs, _first(along, vs.shape[0]), scale)
             s.forward(p, mine, xs, vs, dual_operands, *([] if ws is None else [ws]))

@@ -89,7 +89,7 @@ def resident(
     ENCODED: tl.constexpr,
     DUAL: tl.constexpr,
     GRAD: tl.constexpr,  # in a dual pass: W̄ too, not its tangent alone
-    BACK: tl.constexpr,  # false: y alone
+    BACK: tl.constexpr,  # false: y, or the loss, alone
     LOSS: tl.constexpr,  # None: given is ȳ
     CLAMP: tl.constexpr,
     GDUAL: tl.constexpr,  # dgiven is its tangent
@@ -217,9 +217,15 @@ def resident(
         place = (t * N + r)[:, None] * C + c[None, :]
         valid = real[:, None] & shown[None, :]
         if not BACK:
-            tl.store(y_out + place, y[0] + SHIFT, mask=valid)
-            if DUAL:
-                tl.store(dy_out + place, y[1] / vs, mask=valid)
+            if LOSS is None:
+                tl.store(y_out + place, y[0] + SHIFT, mask=valid)
+                if DUAL:
+                    tl.store(dy_out + place, y[1] / vs, mask=valid)
+            else:
+                g = tl.load(given + place, mask=valid, other=0.0)
+                ell, turn = loss_slope((y[0] + SHIFT, y[1]), g, LOSS, CLAMP, DUAL)
+                counted = valid & (r < count)[:, None]
+                total += tl.sum(tl.where(counted, ell, 0.0), 1)
         else:
             g = tl.load(given + place, mask=valid, other=0.0)
             if LOSS is None:
@@ -298,10 +304,10 @@ def resident(
                 if DUAL:
                     dgfirst = dot(tl.trans(operand(de[1], FIRST)), a, dgfirst, FIRST)
 
+    p = t * splits + s
+    if LOSS is not None:
+        tl.store(losses + p, tl.sum(total, 0) * inverse)
     if BACK:
-        p = t * splits + s
-        if LOSS is not None:
-            tl.store(losses + p, tl.sum(total, 0) * inverse)
         if GRAD:
             _sums_out(
                 gws, sides, gfirst, glast, gbl, part, first_part, thin, p, n, c, e,
