@@ -126,7 +126,9 @@ def test_single_passes(passes, variant, which, points):
         wide = [doubles(a) for a in args]
         plain = listed(getattr(reference, name)(*args))
         truth = listed(getattr(reference, name)(*wide))
-        close(name, listed(getattr(passes, name)(*args)), plain, listed(twin(*wide)), truth)
+        ours, rounding = listed(getattr(passes, name)(*args)), listed(twin(*wide))
+        # of 17 points a single operand that tips is seen
+        close(name, ours, plain, rounding, truth, share=0.5 if points < 100 else 0.3)
 
     three(
         "mlp", net, p, x,
