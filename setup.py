@@ -3,9 +3,12 @@ sources, which travel inside the package as fastmeta/csrc.
 
 Without a C++ compiler the package installs all the same, and ``fastmeta info`` says what is
 missing. FASTMETA_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see ``make
-asan``); MAX_JOBS bounds the compilers that run at a time.
+asan``); MAX_JOBS bounds the compilers that run at a time. FASTMETA_BUILD_CUDA=1 compiles the CUDA
+kernels too, which otherwise happens when they are first used; FASTMETA_CUDA_ARCHS names the
+architectures ("80;90"), without it all that a wheel holds.
 """
 
+import importlib.util
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +50,8 @@ class BuildKernels(build_ext):
     """Compiles each file with its own flags, several at a time."""
 
     def build_extension(self, ext):
+        if ext.name == "fastmeta._cuda":
+            return self.build_cuda(ext)
         try:
             import pybind11
         except ImportError as error:  # installs without build isolation bring their own
@@ -71,6 +76,16 @@ class BuildKernels(build_ext):
             objects, self.get_ext_fullpath(ext.name), extra_postargs=extra, target_lang="c++"
         )
 
+    def build_cuda(self, ext):
+        spec = importlib.util.spec_from_file_location("cuda_build", "fastmeta/cuda_build.py")
+        cuda_build = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(cuda_build)
+        named = os.environ.get("FASTMETA_CUDA_ARCHS")
+        archs = tuple(named.split(";")) if named else cuda_build.ARCHS
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cuda_build.build(SOURCES, archs, target, Path(self.build_temp) / "cuda")
+
 
 KERNELS = Extension(
     "fastmeta._cpu",
@@ -79,6 +94,10 @@ KERNELS = Extension(
     optional=True,
 )
 
+# asked for by name, so a failure to compile fails the installation
+CUDA = Extension("fastmeta._cuda", ["csrc/cuda/variant.cu"], optional=False)
+WITH_CUDA = os.environ.get("FASTMETA_BUILD_CUDA", "0") not in ("", "0")
+
 setup(
     packages=[*find_packages(include=["fastmeta*"]), *NAMES],
     package_dir=NAMES,
@@ -86,6 +105,6 @@ setup(
         "fastmeta": ["py.typed", "starts/*.safetensors"],
         **{name: ["*.h", "*.cpp", "*.cu", "*.cuh"] for name in NAMES},
     },
-    ext_modules=[KERNELS],
+    ext_modules=[KERNELS, CUDA] if WITH_CUDA else [KERNELS],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -2,13 +2,15 @@
 
 ``cpu`` runs float32 and float64 on the processor, many tasks at once, with torch's number of
 threads. The same number of threads gives the same bits; another number adds the points' gradients
-in another order.
+in another order. ``cuda`` runs float32 tensors on an NVIDIA GPU, whole inner loops in one launch,
+the hidden layers in one of four precisions; its sums have one order.
 """
 
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from contextlib import nullcontext
+from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import batch as _batch
-from . import env
+from . import cuda_build, env
 from . import rules as _rules
 from . import spec as _spec
 from .batch import Batch, March, Project, Rays
@@ -36,6 +38,11 @@ _BUILD = (
 def _library() -> ModuleType:
     """The compiled module, its lists compared with ours."""
     library = importlib.import_module("fastmeta._cpu")
+    _compare_lists(library, _BUILD)
+    return library
+
+
+def _compare_lists(library: ModuleType, remedy: str) -> None:
     ours = {
         "ACTIVATIONS": _spec.ACTIVATIONS,
         "OUTPUTS": _spec.OUTPUTS,
@@ -46,10 +53,9 @@ def _library() -> ModuleType:
     for name, names in ours.items():
         if getattr(library, name) != names:
             raise ImportError(
-                f"fastmeta._cpu lists {name} as {getattr(library, name)}, fastmeta {names}: it was "
-                f"built from other sources; {_BUILD}"
+                f"{library.__name__} lists {name} as {getattr(library, name)}, fastmeta {names}: "
+                f"it was built from other sources; {remedy}"
             )
-    return library
 
 
 class _Cpu:
@@ -103,6 +109,110 @@ class _Cpu:
 cpu = _Cpu()
 
 
+class _Cuda:
+    """The worker on NVIDIA GPUs: compiled by nvcc when it is first used, or ahead of time."""
+
+    precisions = ("fp32", "tf32", "fp16", "bf16")
+    widths = (16, 32, 64)
+    ops = ("mlp", "loss_grad", "loss_hvp", "adapt", "maml", "reptile")
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine, or None. Compiles nothing."""
+        if not torch.cuda.is_available():
+            return "no CUDA device (torch.cuda.is_available() is False)"
+        if torch.version.hip is not None:
+            return "torch is built for ROCm; accepted is CUDA"
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"compute capability {major}.{minor} (8.0 or newer)"
+        return cuda_build.missing()
+
+    def objections(self, case: Any) -> list[str]:
+        """Why it cannot run a case of the dispatcher; empty: it can."""
+        reasons = []
+        if case.device != "cuda":
+            reasons.append(f"device {case.device} (cuda only)")
+        if case.dtype != torch.float32:
+            reasons.append(f"dtype {case.dtype} (float32 only)")
+        if case.op not in self.ops:
+            reasons.append(f"{case.op} (not yet; {', '.join(self.ops)} so far)")
+        if case.measure != "none":
+            reasons.append(f"measure {case.measure} (none so far)")
+        net = case.net
+        if net is None:
+            return reasons
+        if net.width not in self.widths:
+            reasons.append(f"width {net.width} ({', '.join(map(str, self.widths))} so far)")
+        if net.depth > 6:
+            reasons.append(f"depth {net.depth} (6 at most so far)")
+        if net.encoding is not None:
+            reasons.append("an encoding (bare coordinates only so far)")
+        if net.in_features > 4:
+            reasons.append(f"{net.in_features} coordinates (4 at most)")
+        if net.out_features > 8:
+            reasons.append(f"{net.out_features} outputs (8 at most)")
+        return reasons or self._room(case)
+
+    def _room(self, case: Any) -> list[str]:
+        """The objection of shared memory that is too small for the network; asked before the
+        kernels are compiled it is left to their launch, which raises."""
+        if not torch.cuda.is_available() or "library" not in vars(self):
+            return []
+        properties: Any = torch.cuda.get_device_properties()
+        has = properties.shared_memory_per_block_optin
+        precision = case.precision or "fp32"
+        dual = case.order > 1 or case.op == "loss_hvp"
+        mode = self.precisions.index(precision)
+        needs = self.library.shared_bytes(case.net.width, mode, case.net.depth, dual)
+        if needs <= has:
+            return []
+        return [
+            f"width {case.net.width}, depth {case.net.depth} in {precision}: a block needs {needs} "
+            f"bytes of shared memory, the device has {has}"
+        ]
+
+    @cached_property
+    def library(self) -> ModuleType:
+        """The compiled module; compiles it where no build of these sources is found."""
+        library = cuda_build.load(torch.cuda.get_device_capability())
+        _compare_lists(library, "remove that build")
+        return library
+
+    @lru_cache(maxsize=8)  # noqa: B019  one worker lives as long as the process
+    def at(self, precision: str | None) -> Passes:
+        """The passes in a precision; none is fp32."""
+        return Passes("cuda", Device(self.library, precision or "fp32"))
+
+
+cuda = _Cuda()
+
+
+class Host:
+    """Where the cpu worker's jobs run: an instruction set."""
+
+    def __init__(self, isa: str) -> None:
+        self.library, self.isa = _library(), isa
+
+    def run(self, job: Any, like: Tensor) -> None:
+        job.run(self.isa, like.dtype == torch.float64)
+
+
+class Device:
+    """Where the cuda worker's jobs run: the tensors' device and its current stream, in a
+    precision."""
+
+    def __init__(self, library: ModuleType, precision: str) -> None:
+        self.library, self.mode = library, library.MODES.index(precision)
+
+    def run(self, job: Any, like: Tensor) -> None:
+        # freed while the kernel may still run: the allocator gives it to the same stream again
+        room = torch.empty(job.room(self.mode), dtype=torch.uint8, device=like.device)
+        on_gpu = like.is_cuda
+        stream = torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0
+        with torch.cuda.device_of(like) if on_gpu else nullcontext():
+            job.run(self.mode, room.data_ptr(), stream)
+
+
 def fma_peak(threads: int, isa: str | None = None, seconds: float = 0.3) -> float:
     """GFLOP/s of float32 multiply-adds in registers: the roof of the CPU kernels, measured now."""
     return _library().fma_peak(isa or cpu.passes.isa, threads, seconds)
@@ -112,9 +222,8 @@ def fma_peak(threads: int, isa: str | None = None, seconds: float = 0.3) -> floa
 
 
 @lru_cache(maxsize=256)
-def _network(net: MLP, dtype: torch.dtype) -> tuple[Any, tuple]:
+def _network(library: ModuleType, net: MLP, dtype: torch.dtype) -> tuple[Any, tuple]:
     """The specification as a struct, and the tensors it points to."""
-    library = _library()
     n = library.Network()
     n.out, n.width, n.depth = net.out_features, net.width, net.depth
     setattr(n, "in", net.in_features)
@@ -135,13 +244,14 @@ def _network(net: MLP, dtype: torch.dtype) -> tuple[Any, tuple]:
 class _Call:
     """A job under construction, and the tensors it points to."""
 
-    def __init__(self, op: str, net: MLP, dtype: torch.dtype) -> None:
-        self.job = _library().Job()
-        self.job.op = _library().OPS.index(op)
+    def __init__(self, place: Host | Device, op: str, net: MLP, like: Tensor) -> None:
+        self.place, library = place, place.library
+        self.job = library.Job()
+        self.job.op = library.OPS.index(op)
         self.job.threads = torch.get_num_threads()
-        self.job.net, tensors = _network(net, dtype)
+        self.job.net, tensors = _network(library, net, like.dtype)
         self.alive = list(tensors)
-        self.dtype = dtype
+        self.like = like
 
     def hold(self, tensor: Tensor) -> int:
         """The address of a dense tensor, which lives as long as the call."""
@@ -159,7 +269,7 @@ class _Call:
 
     def out(self, name: str, *shape: int) -> Tensor:
         """A result of that shape."""
-        result = torch.empty(shape, dtype=self.dtype)
+        result = torch.empty(shape, dtype=self.like.dtype, device=self.like.device)
         setattr(self.job, name, self.hold(result))
         return result
 
@@ -185,7 +295,7 @@ class _Call:
         if isinstance(batch.x, Rays):
             assert isinstance(batch.measure, March)
             near, far = batch.x.bounds
-            data.march = _march(batch.measure)
+            data.march = _march(self.place.library, batch.measure)
             data.origins, data.directions = (
                 self.dense(batch.x.origins),
                 self.dense(batch.x.directions),
@@ -205,10 +315,10 @@ class _Call:
             lr = lr.contiguous()
         job.steps, job.lr, job.lr_stride = lr.shape[0], self.hold(lr), lr.stride()
         job.budget = DEFAULT_MEMORY if max_memory is None else max_memory
-        job.rule = _rule(rule)
+        job.rule = _rule(self.place.library, rule)
 
-    def run(self, isa: str) -> None:
-        self.job.run(isa, self.dtype == torch.float64)
+    def run(self) -> None:
+        self.place.run(self.job, self.like)
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
@@ -218,15 +328,15 @@ def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _march(march: March) -> Any:
-    m = _library().March()
+def _march(library: ModuleType, march: March) -> Any:
+    m = library.March()
     m.samples, m.last_interval = march.samples, march.last_interval
     m.white, m.softplus = int(march.white_background), int(march.density == "softplus")
     return m
 
 
-def _rule(rule: Rule) -> Any:
-    r = _library().Rule()
+def _rule(library: ModuleType, rule: Rule) -> Any:
+    r = library.Rule()
     r.kind = list(_rules.RULES).index(rule.name)
     if isinstance(rule, Momentum):
         r.mu, r.nesterov, r.weight_decay = rule.mu, int(rule.nesterov), rule.weight_decay
@@ -239,15 +349,17 @@ def _rule(rule: Rule) -> Any:
 
 
 class Passes:
-    """The passes of ``fastmeta.reference``, by the kernels of one instruction set."""
+    """The passes of ``fastmeta.reference``, by the kernels of one instruction set, or at another
+    place."""
 
-    def __init__(self, isa: str) -> None:
+    def __init__(self, isa: str, place: Host | Device | None = None) -> None:
         self.isa = isa
+        self.place = Host(isa) if place is None else place
 
     def mlp(self, net: MLP, params: Tensor, x: Tensor) -> Tensor:
         call, T, N = self._points("mlp", net, params, x)
         y = call.out("y", T, N, net.out_features)
-        call.run(self.isa)
+        call.run()
         return y
 
     def mlp_grad(
@@ -258,7 +370,7 @@ class Passes:
         call.job.gy = call.dense(gy)
         gp = call.out("grad", tasks, net.num_params)
         gx = call.out("gx", tasks, points, net.in_features) if want_x else None
-        call.run(self.isa)
+        call.run()
         return gp, None if gx is None else _like(gx, x)
 
     def mlp_dual(
@@ -273,13 +385,13 @@ class Passes:
         dy = call.out("y", tasks, points, net.out_features)
         dp = call.out("grad", tasks, net.num_params)
         dx = call.out("gx", tasks, points, net.in_features)
-        call.run(self.isa)
+        call.run()
         return dy.view(gy.shape), dp, _like(dx, x)
 
     def _points(self, op: str, net: MLP, params: Tensor, x: Tensor) -> tuple[_Call, int, int]:
         """A call on points alone, and (T, N). One network at T tasks' points is one task of T·N."""
         T, N = max(params.shape[0], x.shape[0]), x.shape[1]
-        call = _Call(op, net, x.dtype)
+        call = _Call(self.place, op, net, x)
         if params.shape[0] == 1 and T > 1:
             x = x.reshape(1, T * N, -1)
         call.points(x, params.shape[0] if x.shape[0] == 1 else T)
@@ -289,7 +401,7 @@ class Passes:
     def _task(
         self, op: str, net: MLP, params: Tensor, batch: Batch, step: int, memory: int | None
     ) -> _Call:
-        call = _Call(op, net, params.dtype)
+        call = _Call(self.place, op, net, params)
         call.batch(call.job.data, batch)
         call.rows("params", params)
         call.job.step = step
@@ -301,7 +413,7 @@ class Passes:
     ) -> Tensor:
         call = self._task("loss", net, params, batch, step, max_memory)
         loss = call.out("loss", batch.tasks)
-        call.run(self.isa)
+        call.run()
         return loss
 
     def loss_grad(
@@ -309,7 +421,7 @@ class Passes:
     ) -> tuple[Tensor, Tensor]:
         call = self._task("loss_grad", net, params, batch, step, max_memory)
         loss, grad = call.out("loss", batch.tasks), call.out("grad", batch.tasks, net.num_params)
-        call.run(self.isa)
+        call.run()
         return loss, grad
 
     def loss_hvp(
@@ -324,7 +436,7 @@ class Passes:
         call = self._task("loss_hvp", net, params, batch, step, max_memory)
         call.rows("v", v)
         grad, hv = (call.out(name, batch.tasks, net.num_params) for name in ("grad", "hv"))
-        call.run(self.isa)
+        call.run()
         return grad, hv
 
     def adapt(
@@ -343,7 +455,7 @@ class Passes:
         K, T, P = lr.shape
         theta, losses = call.out("theta", T, P), call.out("loss", K, T)
         thetas = call.out("thetas", K + 1, T, P) if keep else None
-        call.run(self.isa)
+        call.run()
         return theta, losses, thetas
 
     def maml(
@@ -372,7 +484,7 @@ class Passes:
         if rates is not None:
             call.job.rates = call.hold(rates)
             call.job.rates_size = (1,) * (3 - rates.dim()) + tuple(rates.shape)
-        call.run(self.isa)
+        call.run()
         return loss, grad, rates
 
     def composite(self, raw: Tensor, t: Tensor, march: March) -> tuple[Tensor, Tensor, Tensor]:
@@ -411,7 +523,7 @@ class Passes:
         self, raw: Tensor, t: Tensor, march: March, **more: Tensor
     ) -> tuple[Any, list[Tensor]]:
         job = _library().CompositeJob()
-        job.march, job.threads = _march(march), torch.get_num_threads()
+        job.march, job.threads = _march(_library(), march), torch.get_num_threads()
         job.rays, job.march.samples = t.numel() // t.shape[-1], t.shape[-1]
         alive = []
         for name, tensor in {"raw": raw, "t": t, **more}.items():

@@ -86,19 +86,30 @@ def test_the_first_without_objection_runs(monkeypatch):
 
     fast = worker(objections=objections)
     monkeypatch.setattr(
-        dispatch, "load", lambda name: (fast if name == "cuda" else reference, None)
+        dispatch, "load", lambda name: (fast if name == "triton" else reference, None)
     )
-    assert not call().eq(7).any()  # cuda objects, so the next one runs
+    assert not call().eq(7).any()  # triton objects, so the next one runs
     assert (seen[0].op, seen[0].order, seen[0].device, seen[0].dtype) == (
         "mlp",
         2,
         "cpu",
         torch.float32,
     )
-    with pytest.raises(ValueError, match="impl='cuda' cannot run this case. cuda: widths above 4"):
-        call(impl="cuda")
+    with pytest.raises(
+        ValueError, match="impl='triton' cannot run this case. triton: widths above 4"
+    ):
+        call(impl="triton")
     narrow = fm.siren(2, 3, 4, 3)
     assert fm.mlp(narrow, torch.zeros(narrow.num_params), torch.zeros(4, 2)).eq(7).all()
+
+
+def test_a_worker_for_callers_who_name_it(monkeypatch):
+    fast = worker()
+    monkeypatch.setattr(
+        dispatch, "load", lambda name: (fast if name == "cuda" else reference, None)
+    )
+    assert dispatch.BY_NAME == ("cuda",)
+    assert not call().eq(7).any() and call(impl="cuda").eq(7).all()
 
 
 def test_the_environment_names_a_worker_as_strictly(monkeypatch):
@@ -132,7 +143,7 @@ def test_the_meta_modules_ask_for_their_case(monkeypatch, order):
 
     fast = worker(objections=objections)
     monkeypatch.setattr(
-        dispatch, "load", lambda name: (fast if name == "cuda" else reference, None)
+        dispatch, "load", lambda name: (fast if name == "triton" else reference, None)
     )
     batch = fm.Batch(torch.rand(9, 2), torch.rand(2, 9, 3))
     fm.MAML(NET, 1, 1e-2, order=order, rule="adam")(batch)

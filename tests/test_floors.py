@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "fastmeta"
 # A file or a package -> its floor. Files on one floor do not import each other; a package's members
 # may.
 FLOORS = {
-    "env": 0, "spec": 0, "batch": 0, "rules": 0, "rng": 0,
+    "env": 0, "cuda_build": 0, "spec": 0, "batch": 0, "rules": 0, "rng": 0,
     "reference": 0.5,  # the specification, which the other workers may call
     "native": 1, "triton": 1,
     "ops": 2,

@@ -22,13 +22,19 @@ FM_HOST_DEVICE S sigmoid(S z) {
   return S(1) / (S(1) + exp(-z));
 }
 
+// The sine's, from s = sin(w0 z) and c = cos(w0 z).
+template <class S>
+FM_HOST_DEVICE Curve<S> sine_curve(S s, S c, S w0) {
+  return {s, w0 * c, -(w0 * w0) * s};
+}
+
 template <Activation kKind, class S>
 FM_HOST_DEVICE Curve<S> curve(S z, S w0) {
   const S one(1), zero(0);
   if constexpr (kKind == Activation::k_sine) {
     S s, c;
     sincos(w0 * z, s, c);
-    return {s, w0 * c, -(w0 * w0) * s};
+    return sine_curve(s, c, w0);
   } else if constexpr (kKind == Activation::k_relu) {
     const auto alive = z > zero;
     return {select(z < zero, zero, z), select(alive, one, zero), zero};  // a NaN stays a NaN
@@ -60,11 +66,21 @@ FM_HOST_DEVICE void activate(S z, S w0, S& h, S& slope) {
   slope = c.first;
 }
 
-template <Activation kKind, class S>
-FM_HOST_DEVICE void activate(Dual<S> z, S w0, Dual<S>& h, Dual<S>& slope) {
-  const Curve<S> c = curve<kKind>(z.a, w0);
+// h and φ' as numbers of z's kind, from the curve at z's value.
+template <class S>
+FM_HOST_DEVICE void along_curve(const Curve<S>& c, S, S& h, S& slope) {
+  h = c.value;
+  slope = c.first;
+}
+template <class S>
+FM_HOST_DEVICE void along_curve(const Curve<S>& c, Dual<S> z, Dual<S>& h, Dual<S>& slope) {
   h = {c.value, c.first * z.d};
   slope = {c.first, c.second * z.d};
+}
+
+template <Activation kKind, class S>
+FM_HOST_DEVICE void activate(Dual<S> z, S w0, Dual<S>& h, Dual<S>& slope) {
+  along_curve(curve<kKind>(z.a, w0), z, h, slope);
 }
 
 // An output activation is one of the hidden ones; linear is none.
@@ -95,6 +111,17 @@ FM_HOST_DEVICE void with_activation(Activation kind, F&& f) {
   case Activation::k_##name: \
     return f(ActivationTag<Activation::k_##name>{});
     FM_ACTIVATIONS(FM_CASE)
+#undef FM_CASE
+  }
+}
+// The same for an output activation, by its twin among the hidden ones.
+template <class F>
+FM_HOST_DEVICE void with_output(Output kind, F&& f) {
+  switch (kind) {
+#define FM_CASE(name)    \
+  case Output::k_##name: \
+    return f(ActivationTag<hidden_twin(Output::k_##name)>{});
+    FM_OUTPUTS(FM_CASE)
 #undef FM_CASE
   }
 }

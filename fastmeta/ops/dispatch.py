@@ -29,6 +29,9 @@ WORKERS: dict[str, tuple[str, str | None]] = {
     "cpu": ("fastmeta.native", "cpu"),
     "reference": ("fastmeta.reference", None),
 }
+# Only where a call or FASTMETA_IMPL names them: until benchmarks/gpu.sh has timed it on a GPU, a
+# worker that takes minutes to compile at its first call is nobody's default.
+BY_NAME = ("cuda",)
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 
 
@@ -94,7 +97,10 @@ def _choose(impl: str | None, *fields: Any) -> Any:
         raise ValueError(f"{case.op}: impl is {impl!r}; accepted are {', '.join(WORKERS)}")
     refusals = []
     for name in [impl] if impl is not None else WORKERS:
-        reasons = objections(case, name)
+        if impl is None and name in BY_NAME:
+            reasons = [load(name)[1] or "runs only where impl or FASTMETA_IMPL names it"]
+        else:
+            reasons = objections(case, name)
         if not reasons:
             return load(name)[0].at(case.precision)
         refusals.append(f"{name}: {'; '.join(reasons)}")

@@ -1,0 +1,114 @@
+// The Python module fastmeta._cuda (and its twin on the emulator): jobs, pointers as integers, and
+// what this build holds.
+#include "../binding.h"
+
+#include <string>
+
+#include "launch.h"
+
+#if defined(FM_EMULATE)
+#include "emulator.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace fastmeta {
+namespace {
+
+#define FM_VARIANT(width, mode) &kVariant_##width##_##mode,
+#define FM_ALL(width) \
+  FM_VARIANT(width, fp32) FM_VARIANT(width, tf32) FM_VARIANT(width, fp16) FM_VARIANT(width, bf16)
+const Variant* const kVariants[] = {
+#if defined(FM_ONLY)
+    FM_ONLY
+#else
+    FM_WIDTHS(FM_ALL)
+#endif
+};
+
+const Variant& find(int64_t width, int mode) {
+  for (const Variant* v : kVariants)
+    if (v->width == width && v->mode == mode) return *v;
+  throw py::value_error("width " + std::to_string(width) + " is not one that the kernels have");
+}
+
+void check(int error, const char* what) {
+#if defined(FM_EMULATE)
+  if (error) throw std::runtime_error(std::string("emulator: ") + what + ": the block is divided");
+  if (!emulator::fault.empty()) throw std::runtime_error(emulator::fault);
+#else
+  if (!error) return;
+  const auto e = static_cast<cudaError_t>(error);
+  throw std::runtime_error(std::string("fastmeta cuda: ") + what + ": " + cudaGetErrorName(e) +
+                           " (" + cudaGetErrorString(e) + ")");
+#endif
+}
+
+// What the kernels do not have must not reach them.
+void accept(const Job& job) {
+  const Network& n = job.net;
+  if (n.in < 1 || n.in > 4 || n.out < 1 || n.out > 8 || n.depth < 2 || n.depth > 6 || n.encoded)
+    throw py::value_error(
+        "the CUDA kernels take 1 to 4 bare coordinates, 1 to 8 outputs, depths 2 to 6");
+  for (const Data* d : {&job.data, &job.query})
+    if (d->tasks && d->measure != Measure::k_none)
+      throw py::value_error("the CUDA kernels measure points alone");
+}
+
+void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
+  accept(job);
+  const Variant& variant = find(job.net.width, mode);
+#if !defined(FM_EMULATE)
+  int device = 0, has = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&has, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+  const bool dual = job.op == Op::k_loss_hvp || job.op == Op::k_mlp_dual ||
+                    (job.op == Op::k_maml && job.order == 2);
+  const int needs = variant.shared_bytes(static_cast<int>(job.net.depth), dual);
+  if (needs > has)
+    throw py::value_error("width " + std::to_string(job.net.width) + ", depth " +
+                          std::to_string(job.net.depth) + ": a block needs " +
+                          std::to_string(needs) + " bytes of shared memory, the device has " +
+                          std::to_string(has));
+#endif
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = variant.run(job, reinterpret_cast<float*>(room), reinterpret_cast<void*>(stream));
+  }
+  check(error, "launch");
+}
+
+}  // namespace
+}  // namespace fastmeta
+
+#ifndef FM_MODULE
+#define FM_MODULE _cuda
+#endif
+
+PYBIND11_MODULE(FM_MODULE, m) {
+  using namespace fastmeta;
+  bind_structs(m, [](py::class_<Job>& c) {
+    c.def("run", run, "Launch on a stream, in a mode (fp32, tf32, fp16, bf16 are 0 to 3).");
+    c.def(
+        "room", [](const Job& job, int mode) { return 4 * find(job.net.width, mode).room(job); },
+        "Bytes of working memory.");
+  });
+  py::list widths;
+  for (const Variant* v : kVariants)
+    if (v->mode == kVariants[0]->mode) widths.append(v->width);
+  m.attr("WIDTHS") = py::tuple(widths);
+  m.attr("MODES") = py::make_tuple("fp32", "tf32", "fp16", "bf16");
+  m.def(
+      "shared_bytes",
+      [](int width, int mode, int depth, bool dual) {
+        return find(width, mode).shared_bytes(depth, dual);
+      },
+      "Shared memory of a block, in bytes.");
+#if defined(FM_EMULATE)
+  m.def("schedule", [](uint64_t seed, int skipped) {
+    emulator::seed = seed;
+    emulator::skipped = skipped;
+  });
+#endif
+}

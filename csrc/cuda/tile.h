@@ -1,0 +1,752 @@
+// A tile of points through the network and back, in one block's shared memory.
+//
+//   z_l = W_l h_{l-1} + b_l, h_l = φ(z_l);  δ_l = φ'(z_l) h̄_l, W̄_l += δ_lᵀ h_{l-1},
+//   h̄_{l-1} = δ_l W_l;  on dual numbers the same lines, of which the tangents are kept
+//
+// A block of 4 or 8 warps owns the tile; a warp owns 16 points times 8 kN features of each layer,
+// and 16 x 8 kM of each weight's gradient, whose sums it alone touches. The first and the last layer
+// are float32 multiply-adds whatever the mode; so is the input of the last. Kept from forward to
+// backward: h in the operands' format, and φ' (16-bit modes: two bytes, the phase of a sine or φ'
+// in fp16). All sums have a fixed order.
+//
+// Floors, T = 1024 tasks of N = 1024 points, 2-Wx3-3 (depth 4), one gradient step on an H200, at
+// 790 TFLOP/s in 16 bit, 4.2e12 sines and cosines a second (16 a cycle and multiprocessor) and 128
+// bytes of shared memory a cycle (33 TB/s); 5 steps at width 64: 0.34 to 0.48 ms.
+//
+//   width  FLOP a point  products   2 · 3 W sines   through shared memory, this tiling
+//   16     3.5 k         5 µs       24 µs           1.8 KB a point, 57 µs
+//   32     13 k          17 µs      48 µs           4.5 KB, 143 µs
+//   64     51 k          69 µs      96 µs           10 KB, 320 µs
+//
+// So the special function unit is the floor, and shared memory what bounds this tiling: 42, 33 and
+// 30 % of the floor at best (counted, not timed). Of the 10 KB a point at width 64 the fragments of
+// the products are 4.5, the edge layers 2.5, the gradients' sums 1, slopes and h the rest. Next: the
+// sums in registers, 32 points a warp. Device memory: θ read twice and written once a step, 100 KB
+// a task at width 64, 25 µs for 1024 tasks.
+//
+//   width  threads  points (dual)  registers (dual)  KiB of shared memory at depth 4 (dual)
+//   16     128      64 (64)        128 (168)         16-bit 30 (61), others 43 (76)
+//   32     128      64 (32)        128 (168)         47 (65), 74 (85)
+//   64     256      64 (32)        128 (222)         113 (157): two blocks a multiprocessor
+//   64     256      32 (16)        168 (168)         fp32 and tf32: 122 (160)
+//
+// Registers as ptxas 13.0 reports them on sm_90; no spills, but for 32 bytes of the plain kernel of
+// width 64 in fp16 (none where the edge layers read one number a load, at 1.3 KB a point more).
+// Dropped: rows of 16-bit operands padded by 16 bytes (117 KiB at width 64: one block a
+// multiprocessor); slopes in float32 in the 16-bit modes (141 KiB).
+#pragma once
+
+#include "../abi.h"
+#include "../math/activation.h"
+#include "../math/loss.h"
+#include "../math/philox.h"
+#include "product.h"
+
+namespace fastmeta {
+
+constexpr int kMaxInputs = 4, kMaxOutputs = 8;
+
+FM_HOST_DEVICE constexpr int rounded_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+template <Mode kMode_, int kH, bool kDual_>
+struct Shape {
+  static constexpr Mode kMode = kMode_;
+  static constexpr bool kDual = kDual_, kShort = is_short(kMode_);
+  static constexpr int kWidth = kH;
+  static constexpr int kWarps = kH == 64 ? 8 : 4, kThreads = 32 * kWarps;
+  // a multiprocessor holds at least, as far as registers go
+  static constexpr int kBlocks = kH == 64 ? (kShort && !kDual ? 2 : 1) : kDual ? 3 : 4;
+  static constexpr int kPoints = kH == 16   ? 64
+                                 : kH == 32 ? (kDual ? 32 : 64)
+                                            : (kShort ? 64 : 32) / (kDual ? 2 : 1);
+  static constexpr int kN = kH * kPoints / (128 * kWarps);
+  static constexpr int kM = kH == 16 ? 2 : kH * kH / (128 * kWarps);
+  static constexpr int kStrips = kPoints / 16;              // of 16 points
+  static constexpr int kUnits = kH / 16 * (kH / (8 * kM));  // warps that own gradients
+  static constexpr int kPlanes = kDual ? 2 : 1;             // value and tangent
+  static constexpr int kTop = kH + 4;              // of the float32 input of the last layer
+  static constexpr int kSegments = kThreads / kH;  // of points, in the sums of the edge layers
+  static constexpr int kEdgeSums = kMaxInputs + 1 + kMaxOutputs + 1;
+  static constexpr int kSlot = kDual ? 8 : kShort ? 2 : 4;  // bytes of a kept slope
+};
+
+// Where everything lies in shared memory, in bytes.
+struct Layout {
+  int depth, inputs, outputs;
+  int weights, hidden, top, slopes, sums, bias_sums, first, biases, last, last_bias, points, index,
+      ends, scratch, size;
+};
+
+template <class S>
+FM_HOST_DEVICE Layout layout_of(int depth, int inputs = 0, int outputs = 0) {
+  const int operand = static_cast<int>(sizeof(Operand<S::kMode>)), inner = depth - 2;
+  Layout y = {};
+  y.depth = depth;
+  y.inputs = inputs;
+  y.outputs = outputs;
+  const auto take = [&](int bytes) {
+    const int at = y.size;
+    y.size += rounded_up(bytes, 16);
+    return at;
+  };
+  y.weights = take(S::kPlanes * inner * S::kWidth * kRow<S::kMode, S::kWidth> * operand);
+  y.hidden = take(S::kPlanes * inner * S::kPoints * kRow<S::kMode, S::kWidth> * operand);
+  y.top = take(S::kPlanes * S::kPoints * S::kTop * 4);
+  const int kept = (depth - 1) * S::kPoints * S::kWidth * S::kSlot;
+  const int edges = S::kEdgeSums * S::kThreads * 4;  // there at the end of a pass
+  y.slopes = take(kept > edges ? kept : edges);
+  y.sums = take(inner * 4 * S::kM * S::kThreads * 4);
+  y.bias_sums = take(inner * S::kWidth * 4);
+  y.first = take(S::kPlanes * S::kWidth * kMaxInputs * 4);
+  y.biases = take(S::kPlanes * (depth - 1) * S::kWidth * 4);
+  y.last = take(S::kPlanes * S::kWidth * kMaxOutputs * 4);
+  y.last_bias = take(S::kPlanes * kMaxOutputs * 4);
+  y.points = take(S::kPlanes * S::kPoints * kMaxInputs * 4);
+  y.index = take(S::kPoints * 4);
+  y.ends = take(S::kPlanes * S::kPoints * kMaxOutputs * 4);
+  y.scratch = take(64 * 4);
+  return y;
+}
+
+template <bool kDual>
+struct NumberOf {
+  using type = float;
+};
+template <>
+struct NumberOf<true> {
+  using type = Dual<float>;
+};
+
+// What a gradient keeps of a product of two numbers: plain, all of it; dual, its tangent.
+FM_DEVICE float kept(float x, float y, float sum) { return fused(x, y, sum); }
+FM_DEVICE float kept(Dual<float> x, Dual<float> y, float sum) {
+  return fused(x.d, y.a, fused(x.a, y.d, sum));
+}
+FM_DEVICE float kept(float x) { return x; }
+FM_DEVICE float kept(Dual<float> x) { return x.d; }
+// sum + x y
+FM_DEVICE float plus_product(float sum, float x, float y) { return fused(x, y, sum); }
+FM_DEVICE Dual<float> plus_product(Dual<float> sum, Dual<float> x, Dual<float> y) {
+  return {fused(x.a, y.a, sum.a), kept(x, y, sum.d)};
+}
+FM_DEVICE float quad_sum_of(float x) { return quad_sum(x); }
+FM_DEVICE Dual<float> quad_sum_of(Dual<float> x) { return {quad_sum(x.a), quad_sum(x.d)}; }
+
+// What a pass over a task's points reads and leaves.
+struct Pass {
+  const Data* data = nullptr;
+  int64_t task = 0, step = 0;
+  bool back = false;
+  const float* gy = nullptr;  // ȳ of the points; null: of the loss
+  const float* w = nullptr;   // tangent of the points; null: none
+  float* y = nullptr;         // y, or ẏ
+  float* gx = nullptr;
+  float scale = 1, along = 1;  // powers of two on adjoints and on tangents, undone by who reads
+};
+
+template <class S>
+struct Block {
+  static constexpr Mode kMode = S::kMode;
+  static constexpr bool kDual = S::kDual;
+  static constexpr int kH = S::kWidth, kN = S::kN, kM = S::kM, kPlanes = S::kPlanes;
+  using Number = typename NumberOf<kDual>::type;
+  using Op = Operand<kMode>;
+  struct Sums {
+    float first[kMaxInputs], first_bias, last[kMaxOutputs], last_bias;
+  };
+
+  const Job& job;
+  char* base;
+  const Layout& at;
+  const int &depth, &inputs, &outputs;
+  int tid, warp, row, column, g, t, turn = 0;
+  Sums sums;
+  float loss;
+
+  FM_DEVICE Block(const Job& j, const Layout& layout)
+      : job(j),
+        base(shared_memory()),
+        at(layout),
+        depth(layout.depth),
+        inputs(layout.inputs),
+        outputs(layout.outputs),
+        tid(thread_index()) {
+    const int lane = tid % 32;
+    warp = tid / 32;
+    row = warp % S::kStrips * 16;  // the warp's points and features of every layer
+    column = warp / S::kStrips * 8 * kN;
+    g = lane / 4;
+    t = lane % 4;
+    sums = {};
+    loss = 0;
+  }
+
+  FM_DEVICE float* floats(int offset) const { return reinterpret_cast<float*>(base + offset); }
+  // Element i of a float array of that many numbers a plane.
+  FM_DEVICE Number load(int offset, int count, int i) const {
+    const float* p = floats(offset);
+    if constexpr (kDual) {
+      return {p[i], p[count + i]};
+    } else {
+      return p[i];
+    }
+  }
+  FM_DEVICE void store(int offset, int count, int i, Number x) const {
+    floats(offset)[i] = value(x);
+    if constexpr (kDual) floats(offset)[count + i] = x.d;
+  }
+  FM_DEVICE Number weight_first(int feature, int input) const {
+    return load(at.first, kH * kMaxInputs, feature * kMaxInputs + input);
+  }
+  // Four numbers from place 4 i on, in one load for each plane.
+  struct alignas(16) Words {
+    float w[4];
+  };
+  struct Four {
+    Number x[4];
+  };
+  FM_DEVICE Four load_four(int offset, int count, int i) const {
+    const Words values = reinterpret_cast<const Words*>(base + offset)[i];
+    Four four;
+    if constexpr (kDual) {
+      const Words along = reinterpret_cast<const Words*>(base + offset)[count / 4 + i];
+      FM_UNROLL for (int c = 0; c < 4; ++c) four.x[c] = {values.w[c], along.w[c]};
+    } else {
+      FM_UNROLL for (int c = 0; c < 4; ++c) four.x[c] = values.w[c];
+    }
+    return four;
+  }
+  // Outputs 4 q to 4 q + 3: the last layer's weights of a feature, δ_L of a point; 0 where there are
+  // none.
+  FM_DEVICE Four weights_last(int feature, int q) const {
+    return load_four(at.last, kH * kMaxOutputs, feature * (kMaxOutputs / 4) + q);
+  }
+  FM_DEVICE Four ends(int p, int q) const {
+    return load_four(at.ends, S::kPoints * kMaxOutputs, p * (kMaxOutputs / 4) + q);
+  }
+  FM_DEVICE Number bias(int layer, int feature) const {
+    return load(at.biases, (depth - 1) * kH, layer * kH + feature);
+  }
+  FM_DEVICE Number point(int p, int input) const {
+    return load(at.points, S::kPoints * kMaxInputs, p * kMaxInputs + input);
+  }
+  FM_DEVICE Number top(int p, int feature) const {
+    return load(at.top, S::kPoints * S::kTop, p * S::kTop + feature);
+  }
+  FM_DEVICE Number end(int p, int output) const {
+    return load(at.ends, S::kPoints * kMaxOutputs, p * kMaxOutputs + output);
+  }
+  FM_DEVICE Op* operands(int offset) const { return reinterpret_cast<Op*>(base + offset); }
+  // Weights between hidden layers l and l + 1, [out, in].
+  FM_DEVICE Op* weights(int l, int plane) const {
+    return operands(at.weights) + (plane * (depth - 2) + l) * kH * kRow<kMode, kH>;
+  }
+  // h of hidden layer l, later δ of it. The last hidden layer's h is float32 (top); its δ, in the
+  // operands' format, takes that place.
+  FM_DEVICE Op* hidden(int l, int plane) const {
+    constexpr int kSize = S::kPoints * kRow<kMode, kH>;
+    return l < depth - 2 ? operands(at.hidden) + (plane * (depth - 2) + l) * kSize
+                         : operands(at.top) + plane * kSize;
+  }
+  FM_DEVICE Matrix<kMode, kH> matrix(const Op* p) const { return {p}; }
+
+  // Parameters ---
+
+  // A row of natural parameters to shared memory: operands, and what the edge layers read; times a
+  // power of two.
+  FM_DEVICE void load_parameters(const float* theta, int plane, float scale) {
+    for (int i = tid; i < kH * kMaxInputs; i += S::kThreads) {
+      const int d = i % kMaxInputs;
+      floats(at.first)[plane * kH * kMaxInputs + i] =
+          d < inputs ? scale * theta[i / kMaxInputs * inputs + d] : 0.0f;
+    }
+    const float* from = theta + kH * inputs;
+    for (int l = 0; l < depth - 1; ++l) {
+      float* to = floats(at.biases) + (plane * (depth - 1) + l) * kH;
+      for (int i = tid; i < kH; i += S::kThreads) to[i] = scale * from[i];
+      from += kH;
+      if (l == depth - 2) break;
+      Op* w = weights(l, plane);
+      for (int i = tid; i < kH * kH / 2; i += S::kThreads) {
+        const int o = 2 * i / kH, c = 2 * i % kH;
+        store_pair<kMode>(w + place<kMode, kH>(o, c), scale * from[2 * i], scale * from[2 * i + 1]);
+      }
+      from += kH * kH;
+    }
+    for (int i = tid; i < kH * kMaxOutputs; i += S::kThreads) {
+      const int c = i % kMaxOutputs;
+      floats(at.last)[plane * kH * kMaxOutputs + i] =
+          c < outputs ? scale * from[c * kH + i / kMaxOutputs] : 0.0f;
+    }
+    from += kH * outputs;
+    for (int i = tid; i < outputs; i += S::kThreads)
+      floats(at.last_bias)[plane * kMaxOutputs + i] = scale * from[i];
+  }
+
+  // f(i, ḡ_i) for the natural parameters that this thread answers for, each once, after a pass.
+  template <class F>
+  FM_DEVICE void each_gradient(F&& f) const {
+    const float* edges = floats(at.slopes);
+    const auto over_segments = [&](int which, int feature) {
+      float sum = 0;
+      for (int s = 0; s < S::kSegments; ++s) sum += edges[which * S::kThreads + s * kH + feature];
+      return sum;
+    };
+    for (int i = tid; i < kH * inputs; i += S::kThreads)
+      f(i, over_segments(i % inputs, i / inputs));
+    int from = kH * inputs;
+    for (int i = tid; i < kH; i += S::kThreads) f(from + i, over_segments(kMaxInputs, i));
+    from += kH;
+    for (int l = 0; l < depth - 2; ++l) {
+      if (warp < S::kUnits) {
+        const float* mine = floats(at.sums) + l * 4 * kM * S::kThreads + tid;
+        const int o = warp % (kH / 16) * 16 + g, c = warp / (kH / 16) * 8 * kM + 2 * t;
+        for (int j = 0; j < kM; ++j)
+          for (int e = 0; e < 4; ++e)
+            f(from + (o + e / 2 * 8) * kH + c + 8 * j + e % 2, mine[(4 * j + e) * S::kThreads]);
+      }
+      from += kH * kH;
+      for (int i = tid; i < kH; i += S::kThreads) f(from + i, floats(at.bias_sums)[l * kH + i]);
+      from += kH;
+    }
+    for (int i = tid; i < kH * outputs; i += S::kThreads)
+      f(from + i, over_segments(kMaxInputs + 1 + i / kH, i % kH));
+    from += kH * outputs;
+    for (int i = tid; i < outputs; i += S::kThreads)
+      f(from + i, over_segments(kMaxInputs + 1 + kMaxOutputs, i));
+  }
+
+  // One number of all threads: the sum, or the largest; every thread gets it. Two places in turn:
+  // who writes one again has met those who read it before.
+  template <class F>
+  FM_DEVICE float over_block(float mine, F&& of_warp) {
+    turn ^= 1;
+    float* all = floats(at.scratch) + 32 * turn;
+    mine = of_warp(mine);
+    if (tid % 32 == 0) all[warp] = mine;
+    FM_MEET();
+    return of_warp(tid % 32 < S::kWarps ? all[tid % 32] : 0.0f);
+  }
+  FM_DEVICE float block_sum(float x) {
+    return over_block(x, [](float y) { return warp_sum(y); });
+  }
+  FM_DEVICE float block_max(float x) {
+    return over_block(x, [](float y) { return warp_max(y); });
+  }
+  // The power of two that brings the largest of |p_i| to [½, 1); 1 where all are 0. Only fp16 needs
+  // it.
+  FM_DEVICE float power_for(const float* p, int64_t count, float other = 0) {
+    if constexpr (kMode != Mode::kFp16) return 1.0f;
+    float largest = other;
+    for (int64_t i = tid; i < count; i += S::kThreads) {
+      const float x = abs(p[i]);
+      largest = x > largest ? x : largest;
+    }
+    largest = block_max(largest);
+    if (!(largest > 0.0f)) return 1.0f;
+    const int exponent = static_cast<int>(bits_of(largest) >> 23) - 126;
+    const int clipped = exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;
+    return float_of(static_cast<uint32_t>(127 - clipped) << 23);
+  }
+
+  // Slopes ---
+
+  FM_DEVICE Number slope(int l, int i, float w0, bool sine) const {
+    const int place = (l * 4 * kN + i) * S::kThreads + tid;
+    if constexpr (kDual) {
+      const float* p = floats(at.slopes) + 2 * place;
+      return {p[0], p[1]};
+    } else if constexpr (S::kShort) {
+      const uint16_t u = reinterpret_cast<const uint16_t*>(base + at.slopes)[place];
+      if (!sine) return half_value(u);
+      return w0 * cosine_of_reduced(static_cast<float>(static_cast<int16_t>(u)) *
+                                    9.5873799242852573e-05f);
+    } else {
+      return floats(at.slopes)[place];
+    }
+  }
+  // phase: w0 z reduced, where the activation is a sine.
+  FM_DEVICE void keep_slope(int l, int i, Number x, float phase, bool sine) const {
+    const int place = (l * 4 * kN + i) * S::kThreads + tid;
+    if constexpr (kDual) {
+      float* p = floats(at.slopes) + 2 * place;
+      p[0] = x.a;
+      p[1] = x.d;
+    } else if constexpr (S::kShort) {
+      uint16_t u;
+      if (sine) {  // 2π are 65536; π itself wraps to −π
+        u = static_cast<uint16_t>(static_cast<int>(::rintf(phase * 10430.378350470453f)));
+      } else {
+        u = static_cast<uint16_t>(pack_half(x, 0.0f));
+      }
+      reinterpret_cast<uint16_t*>(base + at.slopes)[place] = u;
+    } else {
+      floats(at.slopes)[place] = x;
+    }
+  }
+
+  // Forward ---
+
+  FM_DEVICE int64_t points_of(const Pass& pass) const {
+    const Data& d = *pass.data;
+    return d.per_step ? d.per_step : d.counts ? d.counts[pass.task] : d.points;
+  }
+
+  // The tile's coordinates, and which rows of the data they are (−1: none).
+  FM_DEVICE void load_points(const Pass& pass, int64_t start, int64_t count) {
+    const Data& d = *pass.data;
+    for (int p = tid; p < S::kPoints; p += S::kThreads) {
+      int index = -1;
+      if (start + p < count) {
+        index = static_cast<int>(start + p);
+        if (d.per_step) {
+          const int64_t upper = d.counts ? d.counts[pass.task] : d.points;
+          index = static_cast<int>(draw_integer(d.seed[pass.task], static_cast<uint32_t>(index),
+                                                static_cast<uint32_t>(pass.step), kPoints,
+                                                static_cast<uint32_t>(upper)));
+        }
+      }
+      reinterpret_cast<int*>(base + at.index)[p] = index;
+      const int64_t from = pass.task * d.x_stride + static_cast<int64_t>(index) * inputs;
+      const float* x = static_cast<const float*>(d.x);
+      float* to = floats(at.points) + p * kMaxInputs;
+      for (int i = 0; i < kMaxInputs; ++i) {
+        const bool there = index >= 0 && i < inputs;
+        to[i] = there ? x[from + i] : 0.0f;
+        if constexpr (kDual) {
+          const int64_t along = static_cast<int64_t>(index) * inputs + i;
+          to[S::kPoints * kMaxInputs + i] = there && pass.w ? pass.along * pass.w[along] : 0.0f;
+        }
+      }
+    }
+  }
+
+  // (h, φ') of one z; phase is set where φ is a sine.
+  template <Activation kKind>
+  FM_DEVICE static void bend(Number z, float w0, Number& h, Number& slope, float& phase) {
+    if constexpr (kKind == Activation::k_sine) {
+      float s, c = 0;
+      if constexpr (kMode == Mode::kFp32) {
+        sincos_polynomial(w0 * value(z), s, c);
+      } else {
+        phase = reduce_turns(w0 * value(z));
+        s = sine_of_reduced(phase);
+        if (kDual || !S::kShort) c = cosine_of_reduced(phase);
+      }
+      along_curve(sine_curve(s, c, w0), z, h, slope);
+    } else {
+      activate<kKind>(z, w0, h, slope);
+    }
+  }
+
+  // h of hidden layer l from its z, written with its slopes.
+  FM_DEVICE void finish_layer(int l, float (&z)[kPlanes][kN][4]) {
+    const float w0 = static_cast<float>(l == 0 ? job.net.w0_first : job.net.w0);
+    with_activation(job.net.activation, [&](auto tag) {
+      constexpr Activation kKind = decltype(tag)::kValue;
+      FM_UNROLL for (int j = 0; j < kN; ++j) {
+        FM_UNROLL for (int e = 0; e < 4; ++e) {
+          const Number b = bias(l, column + 8 * j + 2 * t + e % 2);
+          Number x, h, first;
+          float phase = 0;
+          if constexpr (kDual) {
+            x = {z[0][j][e] + b.a, z[1][j][e] + b.d};
+          } else {
+            x = z[0][j][e] + b;
+          }
+          bend<kKind>(x, w0, h, first, phase);
+          keep_slope(l, 4 * j + e, first, phase, kKind == Activation::k_sine);
+          z[0][j][e] = value(h);
+          if constexpr (kDual) z[1][j][e] = h.d;
+        }
+      }
+    });
+    if (l == depth - 2) {
+      write_top(z);
+    } else {
+      write_hidden(l, z);
+    }
+  }
+  FM_DEVICE void write_top(const float (&h)[kPlanes][kN][4]) const {
+    FM_UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
+      FM_UNROLL for (int j = 0; j < kN; ++j) {
+        FM_UNROLL for (int e = 0; e < 4; ++e) {
+          const int p = row + g + e / 2 * 8, c = column + 8 * j + 2 * t + e % 2;
+          floats(at.top)[(plane * S::kPoints + p) * S::kTop + c] = h[plane][j][e];
+        }
+      }
+    }
+  }
+  FM_DEVICE void write_hidden(int l, const float (&h)[kPlanes][kN][4]) const {
+    FM_UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
+      Op* to = hidden(l, plane);
+      FM_UNROLL for (int j = 0; j < kN; ++j) {
+        const int c = column + 8 * j + 2 * t;
+        store_pair<kMode>(to + place<kMode, kH>(row + g, c), h[plane][j][0], h[plane][j][1]);
+        store_pair<kMode>(to + place<kMode, kH>(row + g + 8, c), h[plane][j][2], h[plane][j][3]);
+      }
+    }
+  }
+
+  FM_DEVICE void forward_hidden() {
+    for (int l = 0; l < depth - 1; ++l) {
+      float z[kPlanes][kN][4] = {};
+      if (l == 0) {
+        FM_UNROLL for (int j = 0; j < kN; ++j) {
+          FM_UNROLL for (int e = 0; e < 4; ++e) {
+            const int p = row + g + e / 2 * 8, c = column + 8 * j + 2 * t + e % 2;
+            Number sum = {};
+            FM_UNROLL for (int i = 0; i < kMaxInputs; ++i) {
+              if (i < inputs) sum = plus_product(sum, point(p, i), weight_first(c, i));
+            }
+            z[0][j][e] = value(sum);
+            if constexpr (kDual) z[1][j][e] = sum.d;
+          }
+        }
+      } else {
+        const Matrix<kMode, kH> h = matrix(hidden(l - 1, 0)), w = matrix(weights(l - 1, 0));
+        multiply<kMode, kN, false, true>(z[0], h, row, w, column, kH);
+        if constexpr (kDual) {
+          multiply<kMode, kN, false, true>(z[1], h, row, matrix(weights(l - 1, 1)), column, kH);
+          multiply<kMode, kN, false, true>(z[1], matrix(hidden(l - 1, 1)), row, w, column, kH);
+        }
+      }
+      finish_layer(l, z);
+      FM_MEET();
+    }
+  }
+
+  // y, the loss and δ_L of a tile; four lanes share a point.
+  FM_DEVICE void finish_points(const Pass& pass, float mean) {
+    const Data& d = *pass.data;
+    const float clamp = d.clamp > 0 ? static_cast<float>(d.clamp) : INFINITY;
+    for (int item = tid; item < 4 * S::kPoints; item += S::kThreads) {
+      const int p = item / 4, part = item % 4;
+      const int64_t index = reinterpret_cast<const int*>(base + at.index)[p];
+      Number z[kMaxOutputs] = {};
+      for (int i = part; i < kH; i += 4) {
+        const Number h = top(p, i);
+        FM_UNROLL for (int q = 0; q < kMaxOutputs / 4; ++q) {
+          if (4 * q >= outputs) continue;
+          const Four w = weights_last(i, q);
+          FM_UNROLL for (int c = 0; c < 4; ++c) z[4 * q + c] =
+              plus_product(z[4 * q + c], h, w.x[c]);
+        }
+      }
+      Number mine[2] = {};  // of outputs part and part + 4
+      FM_UNROLL for (int c = 0; c < kMaxOutputs; ++c) {
+        if (c < outputs) {
+          const Number sum = quad_sum_of(z[c]) + load(at.last_bias, kMaxOutputs, c);
+          if (c % 4 == part) mine[c / 4] = sum;
+        }
+      }
+      FM_UNROLL_1 for (int c = part; c < outputs; c += 4) {
+        finish_output(pass, mean, clamp, p, index, c, c < 4 ? mine[0] : mine[1]);
+      }
+      const int beyond = outputs / 4 * 4 + part;  // what ends() fills its four with
+      if (beyond >= outputs && beyond < kMaxOutputs) {
+        store(at.ends, S::kPoints * kMaxOutputs, p * kMaxOutputs + beyond, Number{});
+      }
+    }
+  }
+  FM_DEVICE void finish_output(const Pass& pass, float mean, float clamp, int p, int64_t index,
+                               int c, Number z) {
+    const Data& d = *pass.data;
+    Number y = {}, slope = {}, delta = {};
+    with_output(job.net.output,
+                [&](auto tag) { activate<decltype(tag)::kValue>(z, 1.0f, y, slope); });
+    y = y + static_cast<float>(job.net.shift);
+    if (index >= 0) {
+      if (pass.y) pass.y[index * outputs + c] = kept(y) * (kDual ? 1.0f / pass.along : 1.0f);
+      if (pass.gy) {
+        delta = slope * (pass.scale * pass.gy[index * outputs + c]);
+      } else if (d.y) {
+        const float* targets = static_cast<const float*>(d.y);
+        const int64_t from = (pass.task * d.points + index) * outputs + c;
+        float ell;
+        Number first;
+        loss_terms(d.loss, clamp, y, targets[from], ell, first);
+        loss = fused(ell, mean, loss);
+        delta = slope * (first * (mean * pass.scale));
+      }
+    }
+    store(at.ends, S::kPoints * kMaxOutputs, p * kMaxOutputs + c, delta);
+  }
+
+  // Backward ---
+
+  // The last layer's gradient, and δ of the last hidden layer.
+  FM_DEVICE void leave_last(float (&delta)[kPlanes][kN][4]) {
+    const int feature = tid % kH;
+    for (int p = tid / kH; p < S::kPoints; p += S::kSegments) {
+      const Number h = top(p, feature);
+      FM_UNROLL for (int q = 0; q < kMaxOutputs / 4; ++q) {
+        if (4 * q >= outputs) continue;
+        const Four d = ends(p, q);
+        FM_UNROLL for (int c = 0; c < 4; ++c) {
+          sums.last[4 * q + c] = kept(d.x[c], h, sums.last[4 * q + c]);
+        }
+      }
+      if (feature < outputs) sums.last_bias += kept(end(p, feature));
+    }
+    clear(delta);
+    FM_UNROLL_1 for (int q = 0; 4 * q < outputs; ++q) {
+      const Four d[2] = {ends(row + g, q), ends(row + g + 8, q)};
+      FM_UNROLL for (int j = 0; j < kN; ++j) {
+        FM_UNROLL for (int right = 0; right < 2; ++right) {
+          const Four w = weights_last(column + 8 * j + 2 * t + right, q);
+          FM_UNROLL for (int low = 0; low < 2; ++low) {
+            Number sum = get(delta, j, 2 * low + right);
+            FM_UNROLL for (int c = 0; c < 4; ++c) sum = plus_product(sum, d[low].x[c], w.x[c]);
+            put(delta, j, 2 * low + right, sum);
+          }
+        }
+      }
+    }
+    times_slope(depth - 2, delta);
+  }
+
+  // A fragment's element as a number.
+  FM_DEVICE static Number get(const float (&f)[kPlanes][kN][4], int j, int e) {
+    if constexpr (kDual) {
+      return {f[0][j][e], f[1][j][e]};
+    } else {
+      return f[0][j][e];
+    }
+  }
+  FM_DEVICE static void put(float (&f)[kPlanes][kN][4], int j, int e, Number x) {
+    f[0][j][e] = value(x);
+    if constexpr (kDual) f[1][j][e] = x.d;
+  }
+  FM_DEVICE static void clear(float (&f)[kPlanes][kN][4]) {
+    FM_UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
+      FM_UNROLL for (int j = 0; j < kN; ++j) {
+        FM_UNROLL for (int e = 0; e < 4; ++e) f[plane][j][e] = 0;
+      }
+    }
+  }
+
+  FM_DEVICE void times_slope(int l, float (&delta)[kPlanes][kN][4]) const {
+    const float w0 = static_cast<float>(l == 0 ? job.net.w0_first : job.net.w0);
+    const bool sine = job.net.activation == Activation::k_sine;
+    FM_UNROLL for (int j = 0; j < kN; ++j) {
+      FM_UNROLL for (int e = 0; e < 4; ++e) {
+        const Number first = slope(l, 4 * j + e, w0, sine);
+        if constexpr (kDual) {
+          const Dual<float> d = first * Dual<float>{delta[0][j][e], delta[1][j][e]};
+          delta[0][j][e] = d.a;
+          delta[1][j][e] = d.d;
+        } else {
+          delta[0][j][e] *= first;
+        }
+      }
+    }
+  }
+
+  // W̄ between hidden layers l − 1 and l, added to this thread's sums.
+  FM_DEVICE void add_weight_gradient(int l) {
+    if (warp >= S::kUnits) return;
+    float* mine = floats(at.sums) + (l - 1) * 4 * kM * S::kThreads + tid;
+    const int o = warp % (kH / 16) * 16, c = warp / (kH / 16) * 8 * kM;
+    float sum[kM][4], ones[4] = {};
+    FM_UNROLL for (int j = 0; j < kM; ++j) {
+      FM_UNROLL for (int e = 0; e < 4; ++e) sum[j][e] = mine[(4 * j + e) * S::kThreads];
+    }
+    const Matrix<kMode, kH> delta = matrix(hidden(l, 0)), h = matrix(hidden(l - 1, 0));
+    if constexpr (kDual) {
+      const Matrix<kMode, kH> delta_d = matrix(hidden(l, 1)), h_d = matrix(hidden(l - 1, 1));
+      multiply<kMode, kM, true, false>(sum, delta_d, o, h, c, S::kPoints, c == 0, ones);
+      multiply<kMode, kM, true, false>(sum, delta, o, h_d, c, S::kPoints);
+    } else {
+      multiply<kMode, kM, true, false>(sum, delta, o, h, c, S::kPoints, c == 0, ones);
+    }
+    FM_UNROLL for (int j = 0; j < kM; ++j) {
+      FM_UNROLL for (int e = 0; e < 4; ++e) mine[(4 * j + e) * S::kThreads] = sum[j][e];
+    }
+    if (c == 0 && t == 0) {
+      float* to = floats(at.bias_sums) + (l - 1) * kH + o + g;
+      to[0] += ones[0];
+      to[8] += ones[2];
+    }
+  }
+
+  FM_DEVICE void backward(const Pass& pass) {
+    float delta[kPlanes][kN][4];
+    leave_last(delta);
+    FM_MEET();  // top has been read
+    for (int l = depth - 2; l > 0; --l) {
+      write_hidden(l, delta);
+      FM_MEET();
+      add_weight_gradient(l);
+      clear(delta);
+      const Matrix<kMode, kH> d = matrix(hidden(l, 0)), w = matrix(weights(l - 1, 0));
+      multiply<kMode, kN, false, false>(delta[0], d, row, w, column, kH);
+      if constexpr (kDual) {
+        multiply<kMode, kN, false, false>(delta[1], matrix(hidden(l, 1)), row, w, column, kH);
+        multiply<kMode, kN, false, false>(delta[1], d, row, matrix(weights(l - 1, 1)), column, kH);
+      }
+      times_slope(l - 1, delta);
+      FM_MEET();  // δ_l and h_{l-1} have been read
+    }
+    write_top(delta);
+    FM_MEET();
+    const int feature = tid % kH;
+    for (int p = tid / kH; p < S::kPoints; p += S::kSegments) {
+      const Number d = top(p, feature);
+      FM_UNROLL for (int i = 0; i < kMaxInputs; ++i) {
+        if (i < inputs) sums.first[i] = kept(d, point(p, i), sums.first[i]);
+      }
+      sums.first_bias += kept(d);
+    }
+    if (pass.gx) leave_points(pass);
+  }
+
+  // x̄ = δ_1 W_1; four lanes share a point.
+  FM_DEVICE void leave_points(const Pass& pass) {
+    const float undo = 1.0f / pass.scale * (kDual ? 1.0f / pass.along : 1.0f);
+    for (int item = tid; item < 4 * S::kPoints; item += S::kThreads) {
+      const int p = item / 4, part = item % 4;
+      const int64_t index = reinterpret_cast<const int*>(base + at.index)[p];
+      FM_UNROLL for (int i = 0; i < kMaxInputs; ++i) {
+        float sum = 0;
+        for (int f = part; f < kH; f += 4) sum = kept(top(p, f), weight_first(f, i), sum);
+        sum = quad_sum(sum);
+        if (part == i && i < inputs && index >= 0) pass.gx[index * inputs + i] = undo * sum;
+      }
+    }
+  }
+
+  // The pass over all points of a task: afterwards each_gradient gives the sums, and the loss is
+  // returned, to every thread.
+  FM_DEVICE float run(const Pass& pass) {
+    const int64_t count = points_of(pass);
+    const float mean = 1.0f / static_cast<float>(count * outputs);
+    sums = {};
+    loss = 0;
+    if (pass.back) {
+      for (int i = 0; i < (depth - 2) * 4 * kM; ++i) floats(at.sums)[i * S::kThreads + tid] = 0.0f;
+      for (int i = tid; i < (depth - 2) * kH; i += S::kThreads) floats(at.bias_sums)[i] = 0.0f;
+    }
+    for (int64_t start = static_cast<int64_t>(block_y()) * S::kPoints; start < count;
+         start += static_cast<int64_t>(blocks_y()) * S::kPoints) {
+      FM_MEET();  // the last tile's points have been read, or the parameters are written
+      load_points(pass, start, count);
+      FM_MEET();
+      forward_hidden();
+      finish_points(pass, mean);
+      if (pass.back) {
+        FM_MEET();
+        backward(pass);
+      }
+    }
+    if (!pass.back) return block_sum(loss);
+    float* edges = floats(at.slopes) + tid;
+    for (int i = 0; i < kMaxInputs; ++i) edges[i * S::kThreads] = sums.first[i];
+    edges[kMaxInputs * S::kThreads] = sums.first_bias;
+    for (int c = 0; c < kMaxOutputs; ++c) edges[(kMaxInputs + 1 + c) * S::kThreads] = sums.last[c];
+    edges[(S::kEdgeSums - 1) * S::kThreads] = sums.last_bias;
+    return block_sum(loss);  // its meeting is the edges' too
+  }
+};
+
+}  // namespace fastmeta

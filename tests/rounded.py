@@ -1,0 +1,136 @@
+"""The passes of ``fastmeta.reference`` on points, rounded where the CUDA kernels round.
+
+Float64 but for the operands of the hidden layers' products, which take the precision's format: W_l,
+h_{l-1} and δ_l of layers 2 to L−1, each times the power of two that fp16 is given. What is kept for
+the way back is rounded too: in 16-bit modes the phase of a sine to 2π/65536, other slopes to fp16.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastmeta import reference
+from fastmeta.reference import Dual, tangent, value
+
+TURN = 2 * math.pi / 65536
+
+
+def to_format(mode: str, t: Tensor) -> Tensor:
+    t = t.float()
+    if mode == "tf32":  # to nearest, ties away from zero
+        t = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    elif mode in ("fp16", "bf16"):
+        t = t.to(torch.float16 if mode == "fp16" else torch.bfloat16)
+    return t.double()
+
+
+def power(*tensors: Tensor | None) -> float:
+    """The power of two that brings the largest absolute value to [½, 1)."""
+    largest = max((float(t.abs().max()) for t in tensors if t is not None), default=0.0)
+    return 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
+
+
+class Rounded:
+    """One task at a time: ``mode`` is the precision, ``scale`` and ``along`` the powers of two."""
+
+    def __init__(self, net, mode: str, scale: float = 1.0, along: float = 1.0) -> None:
+        self.net, self.mode = net, mode
+        self.scale, self.along = (scale, along) if mode == "fp16" else (1.0, 1.0)
+
+    def operand(self, x, scale: float = 1.0):
+        """x in the operands' format, value and tangent, each with its power of two."""
+        if not isinstance(x, Dual):
+            return to_format(self.mode, x * scale) / scale
+        d = None
+        if x.d is not None:
+            d = to_format(self.mode, x.d * scale * self.along) / (scale * self.along)
+        return Dual(to_format(self.mode, x.a * scale) / scale, d)
+
+    def kept(self, name: str, slope, z, w0: float):
+        if self.mode not in ("fp16", "bf16") or isinstance(z, Dual) or slope is None:
+            return slope
+        if name == "sine":
+            return w0 * torch.cos(torch.round(w0 * z / TURN) * TURN)
+        return slope.float().half().double()
+
+    def run(self, layers, x, adjoint):
+        """(y, gradients [(W̄, b̄)], x̄) with ``adjoint(y) -> ȳ``; numbers are tensors or Duals."""
+        net, h, steps = self.net, x, []
+        for layer, (weight, bias) in enumerate(layers):
+            last = layer == net.depth - 1
+            w, a = (self.operand(weight), self.operand(h)) if layer and not last else (weight, h)
+            z = reference._affine(a, w, bias)
+            name, w0 = (net.output, 1.0) if last else (net.activation, net.frequencies[layer])
+            h, slope = reference.activation(name, z, w0)
+            steps.append((a, w, slope if last else self.kept(name, slope, z, w0)))
+        y = h + net.output_shift
+        g, gradients = adjoint(y), []
+        for layer in range(net.depth - 1, -1, -1):
+            a, w, slope = steps[layer]
+            delta = g if slope is None else slope * g
+            if 0 < layer < net.depth - 1:
+                delta = self.operand(delta, self.scale)
+            gradients.append((delta.mT @ a, delta.sum(-2)))
+            g = delta @ w
+        return y, gradients[::-1], g
+
+
+def task_pass(net, mode, params, v, batch, step):
+    """(loss [T], ∇L [T,P], H v [T,P] or None) of the draws of a step."""
+    sample = reference.draw(batch, step)
+    losses, rows, products = [], [], []
+    for t in range(batch.tasks):
+        p = params[t : t + 1] if params.shape[0] > 1 else params
+        count = int(sample.valid[t].sum()) if sample.valid is not None else sample.y.shape[1]
+        x = (sample.x[t] if sample.x.shape[0] > 1 else sample.x[0])[None, :count]
+        target, numbers = sample.y[t : t + 1, :count], float(sample.numbers[t])
+        loss = []
+
+        def adjoint(y, target=target, numbers=numbers, loss=loss):
+            ell, slope = reference.loss_forward(*batch.loss_parts, y, target)
+            loss.append(ell.sum() / numbers)
+            return slope * (1 / numbers)
+
+        # the power of two nearest to M; the kernel's own comparison, at 2^(k + 1/2)
+        scale = 2.0 ** max(0, math.ceil(math.log2(numbers) - 0.5))
+        one = Rounded(net, mode, scale)
+        _, gradients, _ = one.run(reference.dual_layers(net, p, None), x, adjoint)
+        rows.append(reference._flat(gradients)[0])
+        losses.append(loss[0])
+        if v is not None:
+            d = v[t : t + 1] if v.shape[0] > 1 else v
+            two = Rounded(net, mode, scale, power(d))
+            _, gradients, _ = two.run(reference.dual_layers(net, p, d), x, adjoint)
+            products.append(reference._flat(gradients)[1])
+    return torch.stack(losses), torch.cat(rows), torch.cat(products) if products else None
+
+
+def given_pass(net, mode, params, x, gy, v=None, w=None):
+    """(p̄, x̄), or along v and w (ẏ, p̄̇, x̄̇), of one task: [1,P], [1,N,D], [1,N,C]."""
+    worker = Rounded(net, mode, power(gy), power(v, w) if v is not None else 1.0)
+    xs = Dual(x, w) if w is not None else x
+    y, gradients, gx = worker.run(reference.dual_layers(net, params, v), xs, lambda y: gy)
+    rows, tangents = reference._flat(gradients)
+    if v is None:
+        return rows, gx
+    return tangent(y), tangents, tangent(gx)
+
+
+class patched:
+    """``reference.adapt`` and ``reference.maml`` with every pass rounded."""
+
+    def __init__(self, monkeypatch, mode: str) -> None:
+        def loss_grad(net, params, batch, step=0, max_memory=None):
+            return task_pass(net, mode, params, None, batch, step)[:2]
+
+        def loss_hvp(net, params, v, batch, step=0, max_memory=None):
+            return task_pass(net, mode, params, v, batch, step)[1:]
+
+        monkeypatch.setattr(reference, "loss_grad", loss_grad)
+        monkeypatch.setattr(reference, "loss_hvp", loss_hvp)
+
+
+__all__ = ["Rounded", "given_pass", "patched", "power", "task_pass", "to_format", "value"]

@@ -1,0 +1,562 @@
+"""The CUDA kernels without a GPU: their own source on the CPU emulator, against float64 and against
+a twin that rounds where they round; every barrier taken out in turn; what ptxas says of them; what
+the worker refuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+import rounded
+import torch
+from helpers import error, parameters, rand
+
+import fastmeta as fm
+from fastmeta import cuda_build, native, reference
+from fastmeta.ops import dispatch
+from fastmeta.rules import SGD, Adam, MetaSGD, Momentum
+
+NAMED = "cuda" in os.environ.get("FASTMETA_TEST_IMPLS", "").split(",")
+FAST = [(32, "fp32"), (64, "fp16"), (16, "bf16"), (32, "tf32")]
+SLOW = [v for v in emulated.VARIANTS if v not in FAST]
+EVERY = [*FAST, *(pytest.param(v, marks=pytest.mark.slow) for v in SLOW)]
+NAME = {"ids": lambda v: f"{v[0]}-{v[1]}" if isinstance(v, tuple) else None}
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """``build(variants, *flags)``: the emulated module's path, made once for all processes."""
+    reason = emulated.why_not()
+    if reason is not None:
+        if NAMED:
+            pytest.fail(f"FASTMETA_TEST_IMPLS names cuda, and the emulator needs: {reason}")
+        pytest.skip(f"the emulator cannot be built: {reason}")
+    base = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        base = base.parent
+    return lambda variants, *flags: emulated.build(base / "emulated", variants, *flags)
+
+
+@pytest.fixture(scope="session")
+def library(build, request):
+    """``library(variant)``: the module that holds a variant."""
+    loaded: dict = {}
+    everything_runs = any(
+        "variant" in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow")
+        for item in request.session.items
+    )
+
+    def find(variant):
+        # one module a process: a second one would meet the first one's types
+        group = emulated.VARIANTS if everything_runs else FAST
+        if not loaded:
+            loaded["it"] = emulated.load(build(group))
+        loaded["it"].schedule(0, -1)
+        return loaded["it"]
+
+    return find
+
+
+@pytest.fixture
+def passes(library, variant) -> native.Passes:
+    return native.Passes("cuda", native.Device(library(variant), variant[1]))
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh memory holds NaN: what a kernel forgets to write, or reads before it wrote, shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def nets(width: int) -> list[fm.MLP]:
+    """Depths 2 to 5, 1 to 4 coordinates, 1 to 8 outputs, every activation and output once."""
+    return [
+        fm.siren(2, 3, width, 4, 5.0, 9.0, output_shift=0.5),
+        fm.MLP(1, 8, width, 2, "sine", w0=12.0),
+        fm.MLP(3, 1, width, 3, "relu", output="tanh"),
+        fm.MLP(4, 5, width, 3, "gelu", output="sigmoid"),
+        fm.MLP(2, 2, width, 4, "tanh", output="softplus"),
+        fm.MLP(2, 4, width, 3, "softplus", output="relu"),
+        fm.MLP(3, 2, width, 3, "silu"),
+        fm.MLP(2, 1, width, 3, "sigmoid"),
+        fm.MLP(2, 1, width, 5, "none"),
+    ]
+
+
+def doubles(value):
+    if isinstance(value, fm.Batch):
+        return value.to(torch.float64)
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
+def close(name, ours, plain, rounding, truth, share=0.3, times=2):
+    """fp32: at most twice the error of plain torch in float32, plus a rounding of its terms.
+    Lower precisions: at most that share of what rounding changes away from the twin that rounds
+    too. What is left are operands so near the middle of two numbers that float32 tips them; a
+    fiftieth of the phases, each by one of 65536 steps, hence 1.2e-5."""
+    for i, (a, p, r, c) in enumerate(zip(ours, plain, rounding, truth, strict=True)):
+        small, away, changed = times * error(p, c) + 4e-7, error(a, r), error(r, c)
+        allowed = small + (share * changed + 1.2e-5 if changed > small else 0)
+        assert away <= allowed, (name, i, away, small, changed)
+
+
+def listed(out):
+    return [out] if isinstance(out, torch.Tensor) else [o for o in out if o is not None]
+
+
+# Single passes ---
+
+
+@pytest.mark.parametrize("variant", EVERY, **NAME)
+@pytest.mark.parametrize("which", range(9))
+@pytest.mark.parametrize("points", [17, 150])
+def test_single_passes(passes, variant, which, points):
+    mode, net = variant[1], nets(variant[0])[which]
+    if points > 100 and which > 2:
+        pytest.skip("several tiles are three networks' business")
+    p, v = parameters(net, 1).float(), rand(1, net.num_params, seed=9, low=-1).float()
+    x, w = (rand(1, points, net.in_features, seed=s, low=-1).float() for s in (1, 7))
+    gy = 1e-3 * rand(1, points, net.out_features, seed=6, low=-1).float()
+
+    def three(name, *args, twin):
+        wide = [doubles(a) for a in args]
+        plain = listed(getattr(reference, name)(*args))
+        truth = listed(getattr(reference, name)(*wide))
+        ours, rounding = listed(getattr(passes, name)(*args)), listed(twin(*wide))
+        # of 17 points a single operand that tips is seen
+        close(name, ours, plain, rounding, truth, share=0.5 if points < 100 else 0.3)
+
+    three(
+        "mlp", net, p, x,
+        twin=lambda net, p, x: rounded.Rounded(net, mode).run(net.layers(p), x, lambda y: y)[0],
+    )  # fmt: skip
+    three("mlp_grad", net, p, x, gy, twin=lambda *a: rounded.given_pass(a[0], mode, *a[1:]))
+    three(
+        "mlp_dual", net, p, x, v, w, gy,
+        twin=lambda net, p, x, v, w, gy: rounded.given_pass(net, mode, p, x, gy, v, w),
+    )  # fmt: skip
+    for loss in ("mse", "l1", ("l1", 0.4)):
+        batch = fm.Batch(x, rand(1, points, net.out_features, seed=2).float(), loss=loss)
+        three(
+            "loss_hvp", net, p, v, batch,
+            twin=lambda net, p, v, b: rounded.task_pass(net, mode, p, v, b, 0)[1:],
+        )  # fmt: skip
+        three(
+            "loss_grad", net, p, batch,
+            twin=lambda net, p, b: rounded.task_pass(net, mode, p, None, b, 0)[:2],
+        )  # fmt: skip
+    assert torch.equal(passes.loss(net, p, batch), passes.loss_grad(net, p, batch)[0])
+
+
+@pytest.mark.parametrize("variant", FAST, **NAME)
+def test_what_tasks_share(passes, variant):
+    """One row of parameters, one set of points: the same bits as their copies."""
+    net, T, N = nets(variant[0])[0], 3, 33
+    p, x = parameters(net, T).float(), rand(T, N, 2, seed=1).float()
+    gy = rand(T, N, 3, seed=2, low=-1).float()
+    y = passes.mlp(net, p, x)
+    assert torch.equal(y[1:2], passes.mlp(net, p[1:2], x[1:2]))
+    assert torch.equal(passes.mlp(net, p[:1], x), passes.mlp(net, p[:1].expand(T, -1).clone(), x))
+    ours = passes.mlp_grad(net, p, x[:1], gy)
+    copies = passes.mlp_grad(net, p, x[:1].expand(T, N, 2).clone(), gy)
+    assert torch.equal(ours[0], copies[0]) and error(ours[1], copies[1].sum(0, True)) < 1e-6
+    batch = fm.Batch(x[0], rand(T, N, 3, seed=3).float())
+    v = rand(1, net.num_params, seed=4).float()
+    for a, b in zip(
+        passes.loss_hvp(net, p[:1], v, batch),
+        passes.loss_hvp(net, p[:1].repeat(T, 1), v.repeat(T, 1), batch),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+# Inner loops and meta-gradients ---
+
+
+def batches(net) -> dict[str, fm.Batch]:
+    """Everything a batch may hold: a query of other points, ragged counts, draws, other losses."""
+    T, N, D, C = 2, 70, net.in_features, net.out_features
+    x, y = rand(T, N, D, seed=1).float(), rand(T, N, C, seed=2).float()
+    seed, counts = torch.tensor([5, -(2**40)]), torch.tensor([19, 66])
+    other = fm.Batch(rand(T, 9, D, seed=3).float(), rand(T, 9, C, seed=4).float(), loss="l1")
+    padded = torch.where(torch.arange(N)[:, None] < counts[:, None, None], y, float("nan"))
+    return {
+        "all": fm.Batch(x, y),
+        "query": fm.Batch(x[0], y, query=other),
+        "ragged": fm.Batch(x, padded, counts=counts, loss=("l1", 0.6)),
+        "drawn": fm.Batch(x, padded, counts=counts, per_step=23, seed=seed),
+    }
+
+
+RULES = [SGD(), MetaSGD(), Momentum(0.8), Momentum(0.9, True, 0.01), Adam(eps=1e-3)]
+
+
+@pytest.mark.parametrize("variant", EVERY, **NAME)
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.name}{getattr(r, 'nesterov', '')}")
+@pytest.mark.parametrize("kind", ["all", "query", "ragged", "drawn"])
+def test_inner_loops_and_meta_gradients(passes, variant, rule, kind, monkeypatch):
+    if kind != "all" and variant in FAST and rule not in (SGD(), RULES[FAST.index(variant) + 1]):
+        pytest.skip("each kind of batch with two rules")
+    mode, K = variant[1], 3
+    net = nets(variant[0])[0 if kind in ("all", "drawn") else 5]
+    batch = batches(net)[kind]
+    wide, T, P = batch.to(torch.float64), batch.tasks, net.num_params
+    p = parameters(net, 1).float()
+    shape = {"all": (P,), "query": (K, 1, 1), "ragged": (T, 1), "drawn": (K, T, P)}[kind]
+    rates = rand(*shape, seed=8, low=1e-3, high=1e-2).float()
+    lr = rates.expand(K, T, P)
+
+    def run(worker, dtype, data):
+        a, r = p.to(dtype), lr.to(dtype)
+        theta, losses, thetas = worker.adapt(net, a, data, r, rule, keep=True)[:3]
+        # steps taken, and only in float64's own places: differences of near parameters
+        out = [losses, *((thetas[1:] - a).unbind(0))]
+        assert torch.equal(theta, thetas[-1])
+        for order in (1, 2):
+            out += worker.maml(net, a, data, r, rule, order=order, learned=rates.to(dtype))
+        return out
+
+    ours, plain = run(passes, torch.float32, batch), run(reference, torch.float32, batch)
+    truth = run(reference, torch.float64, wide)
+    rounded.patched(monkeypatch, mode)
+    # Adam's way back takes g from differences of m: float32's luck, of the two workers each its own
+    times = 4 if isinstance(rule, Adam) else 2
+    close(kind, ours, plain, run(reference, torch.float64, wide), truth, share=0.4, times=times)
+    assert torch.equal(passes.adapt(net, p, batch, lr, rule)[0] - p, ours[K])
+    loss, grad, rate = passes.maml(net, p, batch, lr, rule, order=2)
+    assert torch.equal(grad, ours[-2]) and torch.equal(loss, ours[-3]) and rate is None
+
+
+@pytest.mark.parametrize("variant", [(32, "fp32")], **NAME)
+def test_no_steps(passes, variant):
+    net, p = nets(32)[0], parameters(nets(32)[0], 1).float()
+    batch, lr = batches(net)["all"], torch.zeros(0, 2, net.num_params)
+    theta, losses, _ = passes.adapt(net, p, batch, lr, SGD())
+    assert torch.equal(theta, p.expand(2, -1)) and losses.shape == (0, 2)
+    loss, grad, _ = passes.maml(net, p, batch, lr, SGD(), order=2)
+    want, g = passes.loss_grad(net, p, batch)
+    assert torch.equal(loss, want) and error(grad, g.mean(0)) < 1e-6
+
+
+# The emulator and its schedules ---
+
+
+def everything(passes, width):
+    """Calls that pass every barrier, on three tiles."""
+    net, N = nets(width)[0], 135
+    p, x = parameters(net, 1).float(), rand(1, N, 2, seed=1).float()
+    y, gy, w = (rand(1, N, c, seed=s, low=-1).float() for c, s in ((3, 5), (3, 6), (2, 7)))
+    v = rand(1, net.num_params, seed=9, low=-1).float()
+    batch = fm.Batch(x, y, query=fm.Batch(x[:, :70], y[:, :70]))
+    lr = torch.full((1, 1, 1), 1e-2).expand(2, 1, net.num_params)
+    out = [passes.mlp(net, p, x), *passes.mlp_grad(net, p, x, gy)]
+    out += [*passes.mlp_dual(net, p, x, v, w, gy), *passes.loss_hvp(net, p, v, batch)]
+    out += passes.adapt(net, p, batch, lr, Momentum(), keep=True)
+    for order in (1, 2):
+        for rule, learned in ((Adam(), torch.zeros(2, 1, 1)), (SGD(), torch.zeros(v.shape[1]))):
+            out += passes.maml(net, p, batch, lr, rule, order=order, learned=learned)
+    return out
+
+
+def same(a, b):
+    return all(torch.equal(i, j) for i, j in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("variant", FAST, **NAME)
+def test_the_schedule_changes_no_bit(passes, variant):
+    right = everything(passes, variant[0])
+    for seed in (1, 2, 3):
+        passes.place.library.schedule(seed, -1)
+        assert same(everything(passes, variant[0]), right)
+
+
+def barriers() -> list[str]:
+    """The lines with a barrier, in the order in which the compiler counts them."""
+    sources = [(emulated.CSRC / "cuda" / name).read_text() for name in ("tile.h", "resident.h")]
+    return [line for line in "".join(sources).splitlines() if "FM_MEET()" in line]
+
+
+@pytest.mark.parametrize("variant", [(32, "fp32")], **NAME)
+def test_every_barrier_is_needed(passes, variant):
+    library, right = passes.place.library, everything(passes, variant[0])
+    assert len(barriers()) >= 10
+    for place, line in enumerate(barriers()):
+        caught = False
+        for seed in (0, 1, 2):
+            library.schedule(seed, place)
+            try:
+                caught = caught or not same(everything(passes, variant[0]), right)
+            except RuntimeError:  # the block was divided
+                caught = True
+        assert caught, f"nothing noticed that this barrier was gone: {line}"
+    library.schedule(0, len(barriers()))  # there are no others
+    assert same(everything(passes, variant[0]), right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", FAST, **NAME)
+def test_clean_under_sanitizers(build, variant):
+    """AddressSanitizer and UBSan, in a process of their own."""
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += ["-fno-omit-frame-pointer", "-Wno-maybe-uninitialized", "-D_GLIBCXX_ASSERTIONS"]
+    path = build([variant], *flags)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import emulated, test_cuda
+from fastmeta import native
+library = emulated.load({str(path)!r})
+passes = native.Passes("cuda", native.Device(library, {variant[1]!r}))
+for t in test_cuda.everything(passes, {variant[0]}):
+    assert t.isfinite().all()
+print("clean")
+"""
+    find = ["g++", "-print-file-name=libasan.so"], ["g++", "-print-file-name=libubsan.so"]
+    preload = " ".join(subprocess.check_output(f, text=True).strip() for f in find)
+    env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]
+
+
+def test_formats_of_the_emulator(tmp_path):
+    """Conversions bit by bit against torch: all halves, and floats around every rounding."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    source = """
+#define FM_EMULATE
+#include "cuda/device.h"
+using namespace fastmeta;
+int main() {
+  float x;
+  while (std::fread(&x, 4, 1, stdin) == 1) {
+    const uint32_t out[3] = {pack_half(x, 0), pack_bfloat(x, 0), to_tf32(x)};
+    std::fwrite(out, 4, 3, stdout);
+  }
+}
+"""
+    (tmp_path / "formats.cpp").write_text("#include <string>\n" + source)
+    flags = ["-std=c++17", "-O1", f"-I{emulated.CSRC}", "formats.cpp", "-o", "formats"]
+    subprocess.run(["g++", *flags], check=True, cwd=tmp_path, timeout=120)
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    halves = halves[halves.isfinite()]
+    near = torch.cat([halves * (1 + k * 2.0**-13) for k in range(-4, 5)])
+    x = torch.cat([near, near * 1e-3, near * 1e20, rand(999, low=-1).float()])
+    x = x[x.isfinite()]
+    done = subprocess.run(
+        [tmp_path / "formats"], input=x.numpy().tobytes(), capture_output=True, check=True
+    )
+    out = torch.frombuffer(bytearray(done.stdout), dtype=torch.int32).view(-1, 3)
+    assert torch.equal(out[:, 0].to(torch.int16), x.half().view(torch.int16))
+    assert torch.equal(out[:, 1].to(torch.int16), x.bfloat16().view(torch.int16))
+    assert torch.equal(out[:, 2].view(torch.float32).double(), rounded.to_format("tf32", x))
+
+
+# The compiler ---
+
+# Registers at most, plain and dual, on any architecture: as many as let 4 and 3 blocks of 128
+# threads run side by side, at width 64 (256 threads) 2 and 1; fp32 and tf32 of it one.
+# Nothing may spill, but for twelve registers of the plain kernels of width 64 in 16 bit.
+REGISTERS = {16: (128, 168), 32: (128, 168), 64: (128, 240)}
+WIDE = {"fp32": (200, 200), "tf32": (200, 200)}
+# (width, mode) -> KiB of shared memory of a block at depth 4, plain and dual
+SHARED = {
+    (16, "fp32"): (43, 76), (16, "fp16"): (30, 61),
+    (32, "fp32"): (74, 85), (32, "fp16"): (47, 65),
+    (64, "fp32"): (122, 160), (64, "fp16"): (113, 157),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", [(32, "fp16")], **NAME)
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_registers_and_spills(tmp_path, variant, arch):
+    check_registers(tmp_path, variant, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", emulated.VARIANTS, **NAME)
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_registers_and_spills_of_all(tmp_path, variant, arch):
+    check_registers(tmp_path, variant, arch)
+
+
+def check_registers(tmp_path, variant, arch):
+    compiler = cuda_build.nvcc()
+    if compiler is None:
+        assert not NAMED, "FASTMETA_TEST_IMPLS names cuda, and there is no nvcc"
+        pytest.skip("no nvcc")
+    width, mode = variant
+    command = [compiler, *cuda_build._NVCC, *cuda_build.gencode((arch,)), "-Xptxas", "-v"]
+    command += [f"-DFM_WIDTH={width}", f"-DFM_MODE={emulated.MODES.index(mode)}"]
+    command += [f"-DFM_MODE_NAME={mode}", "-c", str(emulated.CSRC / "cuda/variant.cu")]
+    command += ["-o", str(tmp_path / "variant.o")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(
+        r"function '(\S*)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg",
+        done.stderr,
+        re.DOTALL,
+    )
+    kernels = {("Lb1E" in name): n for name, *n in found if "resident" in name}
+    assert set(kernels) == {False, True}, done.stderr
+    for dual, (stores, loads, registers) in kernels.items():
+        print(f"{width} {mode} sm_{arch} {'dual' if dual else 'plain'}: {registers}, {stores}")
+        most = WIDE[mode] if width == 64 and mode in WIDE else REGISTERS[width]
+        spilled = 48 if (width, mode in WIDE, dual) == (64, False, False) else 0
+        assert max(int(stores), int(loads)) <= spilled, (dual, stores, loads)
+        assert int(registers) <= most[dual], (dual, registers)
+
+
+@pytest.mark.slow
+def test_the_module_builds_and_imports_without_a_gpu(tmp_path, monkeypatch):
+    if cuda_build.nvcc() is None:
+        pytest.skip("no nvcc")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_build, "_ahead_of_time", lambda: None)
+    library = cuda_build.load((9, 0))
+    assert (library.WIDTHS, library.MODES) == (cuda_build.WIDTHS, cuda_build.MODES)
+    net = fm.siren(2, 3, 64, 4)
+    passes = native.Passes("cuda", native.Device(library, "fp16"))
+    with pytest.raises(RuntimeError, match="fastmeta cuda: device: cuda"):
+        passes.mlp(net, net.init(1), torch.rand(1, 5, 2))
+
+
+@pytest.mark.parametrize("variant", FAST, **NAME)
+def test_shared_memory(library, variant):
+    width, mode = variant
+    twin = {"tf32": "fp32", "bf16": "fp16"}.get(mode, mode)
+    for dual, budget in enumerate(SHARED[width, twin]):
+        needs = library(variant).shared_bytes(width, emulated.MODES.index(mode), 4, bool(dual))
+        assert budget - 2 < needs / 1024 <= budget, (dual, needs / 1024)
+
+
+# The worker: what it is asked and refuses ---
+
+
+def case(**changes):
+    net = changes.pop("net", fm.siren(2, 3, 64, 4))
+    given = {"op": "adapt", "dtype": torch.float32, "device": "cuda", "net": net, "rule": "sgd"}
+    return dispatch.Case(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"net": fm.siren(2, 3, 100)}, "width 100 (16, 32, 64 so far)"),
+        ({"net": fm.siren(2, 3, 64, 7)}, "depth 7 (6 at most so far)"),
+        ({"net": fm.siren(5, 3, 64, 4)}, "5 coordinates (4 at most)"),
+        ({"net": fm.siren(2, 9, 64, 4)}, "9 outputs (8 at most)"),
+        ({"net": fm.fourier_mlp(2, 3, 64, 4)}, "an encoding (bare coordinates only so far)"),
+        ({"measure": "march"}, "measure march (none so far)"),
+        ({"measure": "project"}, "measure project (none so far)"),
+        ({"device": "cpu"}, "device cpu (cuda only)"),
+        ({"dtype": torch.float64}, "dtype torch.float64 (float32 only)"),
+        ({"op": "composite", "net": None}, "composite (not yet; mlp, loss_grad"),
+    ],
+)
+def test_objections(changes, sentence):
+    assert any(sentence in reason for reason in native.cuda.objections(case(**changes)))
+
+
+def test_a_case_it_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert native.cuda.objections(case()) == []
+
+
+def test_shared_memory_that_is_too_small_is_an_objection(monkeypatch, library):
+    worker = native._Cuda()
+    worker.library = library((64, "fp16"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    has = type("Properties", (), {"shared_memory_per_block_optin": 99 * 1024})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: has)
+    (reason,) = worker.objections(case(precision="fp16"))
+    assert reason.startswith("width 64, depth 4 in fp16: a block needs 1")
+    assert reason.endswith("bytes of shared memory, the device has 101376")
+    assert worker.objections(case(precision="fp16", net=fm.siren(2, 3, 64, 3))) == []
+    assert worker.objections(case(precision="fp16", net=fm.siren(2, 3, 64, 3), order=2))
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert native.cuda.unavailable() == "no CUDA device (torch.cuda.is_available() is False)"
+    net, x = fm.siren(2, 3, 64, 4), torch.rand(5, 2)
+    with pytest.raises(ValueError, match="no CUDA device"):
+        fm.mlp(net, net.init(1), x, impl="cuda")
+
+
+def test_old_devices_and_missing_compilers_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert native.cuda.unavailable() == "compute capability 7.5 (8.0 or newer)"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(cuda_build, "_ahead_of_time", lambda: None)
+    monkeypatch.setattr(cuda_build, "nvcc", lambda: None)
+    assert "no nvcc is found (CUDA toolkit 12 or newer; set CUDA_HOME)" in native.cuda.unavailable()
+
+
+FAKE = """#!/bin/sh
+echo "$@" >> {log}
+for last; do :; done
+case "$*" in *FM_WIDTH=16*) {fail} ;; esac
+echo made > "$last"
+"""
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path, monkeypatch):
+    """A compiler that writes down what it is asked, and fails at width 16 if told to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cuda_build, "_ahead_of_time", lambda: None)
+    monkeypatch.setattr(cuda_build, "_import", lambda path: path)
+
+    def write(fail: str = "true"):
+        path = tmp_path / "nvcc"
+        path.write_text(FAKE.format(log=tmp_path / "log", fail=fail))
+        path.chmod(0o755)
+        monkeypatch.setattr(cuda_build, "nvcc", lambda: str(path))
+        return tmp_path / "log"
+
+    return write
+
+
+def test_a_build_is_made_once_and_kept_by_what_it_depends_on(fake_nvcc):
+    log = fake_nvcc()
+    made = cuda_build.load((9, 0))
+    assert made.read_text() == "made\n" and made == cuda_build.load((9, 0))
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(emulated.VARIANTS) + 2  # and the binding, and the link
+    assert all("-gencode=arch=compute_90,code=sm_90" in one for one in lines if "variant" in one)
+    assert "-cudart static" in lines[-1] and "-shared" in lines[-1]
+    assert cuda_build.load((8, 0)).parent != made.parent
+    assert [p.name for p in made.parent.iterdir()] == [made.name]
+
+
+def test_a_failed_build_leaves_nothing_and_says_what_the_compiler_said(fake_nvcc):
+    fake_nvcc("echo no such intrinsic >&2; exit 3")
+    with pytest.raises(RuntimeError, match="compiling failed.*\n.*no such intrinsic"):
+        cuda_build.load((9, 0))
+    fake_nvcc()
+    made = cuda_build.load((9, 0))
+    assert made.is_file() and not list(made.parent.parent.glob("building-*"))
+
+
+def test_both_sides_list_the_same_variants():
+    text = (emulated.CSRC / "cuda" / "launch.h").read_text()
+    for macro, names in (("FM_WIDTHS", cuda_build.WIDTHS), ("FM_MODES", cuda_build.MODES)):
+        body = re.search(rf"#define {macro}\(X\)(.*)", text)[1]
+        assert re.findall(r"X\((\w+)\)", body) == [str(n) for n in names]
+    assert native.cuda.widths == cuda_build.WIDTHS and native.cuda.precisions == cuda_build.MODES
