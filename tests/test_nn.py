@@ -338,6 +338,8 @@ def test_distributed_data_parallel_of_one_process(tmp_path):
         wrapped = torch.nn.parallel.DistributedDataParallel(module)
         for one in (wrapped, alone):
             one(x).square().mean().backward()
+        # freed after its group, with the interpreter's lock held, it can wait for gloo for ever
+        del wrapped
     finally:
         dist.destroy_process_group()
     for a, b in zip(module.parameters(), alone.parameters(), strict=True):
