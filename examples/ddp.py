@@ -47,6 +47,7 @@ def main(outer_steps: int = 3, tasks: int = 16, side: int = 32) -> dict[str, Ten
             dist.all_reduce(mean)
         losses.append(mean.item())
     if PROCESSES > 1:
+        del module  # before its process group: after it, it can wait for gloo for ever
         dist.destroy_process_group()
     return outcome(losses, maml.parameters())
 

@@ -70,6 +70,7 @@ def main(rank, meeting, out):
             optimizer.step()
         results[kind] = first, {n: p.detach() for n, p in module.module.named_parameters()}
     torch.save(results, out)
+    del module, optimizer  # freed after its group, it can wait for gloo for ever
     torch.distributed.destroy_process_group()
 
 
