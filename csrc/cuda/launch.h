@@ -4,6 +4,27 @@
 
 #include "../abi.h"
 
+#if defined(FM_EMULATE)
+#include "emulator.h"
+// Runs a kernel on a grid of x by y blocks: the CUDA error, or 1 where the emulator's block is
+// divided.
+#define FM_LAUNCH(kernel, x, y, threads, bytes, stream, ...)                                 \
+  (static_cast<void>(stream), emulator::launch({static_cast<int>(x), static_cast<int>(y)},   \
+                                               threads, bytes, [&] { kernel(__VA_ARGS__); }) \
+                                  ? 0                                                        \
+                                  : 1)
+// Lets a kernel have more than 48 KiB of shared memory.
+#define FM_ALLOW(kernel, bytes) 0
+#else
+#define FM_LAUNCH(kernel, x, y, threads, bytes, stream, ...)                          \
+  (kernel<<<dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)), threads, bytes, \
+            static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__),                        \
+   static_cast<int>(cudaGetLastError()))
+#define FM_ALLOW(kernel, bytes)                                                              \
+  static_cast<int>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, \
+                                        static_cast<int>(bytes)))
+#endif
+
 namespace fastmeta {
 
 // One width in one arithmetic, compiled on its own.

@@ -12,8 +12,8 @@ using Plain = Shape<static_cast<Mode>(FM_MODE), FM_WIDTH, false>;
 using Along = Shape<static_cast<Mode>(FM_MODE), FM_WIDTH, true>;
 
 // out [size] = Σ_t of from [T, stride], in the order of the tasks; split: one row for each task.
-FM_KERNEL void sum_tasks(const float* from, int64_t stride, int64_t tasks, float* out, int64_t count,
-                         int64_t inner, int64_t split) {
+FM_KERNEL void sum_tasks(const float* from, int64_t stride, int64_t tasks, float* out,
+                         int64_t count, int64_t inner, int64_t split) {
   const int64_t i = static_cast<int64_t>(block_x()) * 128 + thread_index();
   if (i >= count) return;
   if (split > 1) {  // out [outer, T, inner]
@@ -27,8 +27,8 @@ FM_KERNEL void sum_tasks(const float* from, int64_t stride, int64_t tasks, float
 }
 
 // out [T, count] = Σ over a task's parts of from [T, parts, stride], columns first to first + count.
-FM_KERNEL void sum_parts(const float* from, int64_t parts, int64_t stride, float* out, int64_t tasks,
-                         int64_t count, int64_t first) {
+FM_KERNEL void sum_parts(const float* from, int64_t parts, int64_t stride, float* out,
+                         int64_t tasks, int64_t count, int64_t first) {
   const int64_t i = static_cast<int64_t>(block_x()) * 128 + thread_index();
   if (i >= tasks * count) return;
   const float* row = from + i / count * parts * stride + first + i % count;
@@ -37,31 +37,8 @@ FM_KERNEL void sum_parts(const float* from, int64_t parts, int64_t stride, float
   out[i] = sum;
 }
 
-#if defined(FM_EMULATE)
-#define FM_LAUNCH(kernel, x, y, threads, bytes, stream, ...)                               \
-  (emulator::launch({static_cast<int>(x), static_cast<int>(y)}, threads, bytes,            \
-                    [&] { kernel(__VA_ARGS__); })                                          \
-       ? 0                                                                                 \
-       : 1)
-template <class S>
-int allow(int) {
-  return 0;
-}
-#else
-#define FM_LAUNCH(kernel, x, y, threads, bytes, stream, ...)                              \
-  (kernel<<<dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)), threads, bytes,     \
-            static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__),                            \
-   static_cast<int>(cudaGetLastError()))
-template <class S>
-int allow(int bytes) {
-  return static_cast<int>(
-      cudaFuncSetAttribute(resident<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
-#endif
-
 int sum(const float* from, int64_t stride, int64_t tasks, void* out, int64_t count, int64_t inner,
         int64_t split, void* stream) {
-  static_cast<void>(stream);
   return FM_LAUNCH(sum_tasks, (count + 127) / 128, 1, 128, 0, stream, from, stride, tasks,
                    static_cast<float*>(out), count, inner, split);
 }
@@ -73,8 +50,7 @@ int launch(const Job& job, float* room, int64_t parts, void* stream) {
                                   static_cast<int>(net.out)),
                      room_of(job), room};
   const int bytes = plan.layout.size;
-  static_cast<void>(stream);  // the emulator has none
-  const int error = allow<S>(bytes);
+  const int error = FM_ALLOW(resident<S>, bytes);
   if (error) return error;
   return FM_LAUNCH(resident<S>, job.data.tasks, parts, S::kThreads, bytes, stream, job, plan);
 }
@@ -140,6 +116,6 @@ int run(const Job& job, float* room, void* stream) {
 #define FM_JOIN(a, b, c) FM_JOIN_(a, b, c)
 extern const Variant FM_JOIN(kVariant_, FM_WIDTH, FM_MODE_NAME);
 const Variant FM_JOIN(kVariant_, FM_WIDTH, FM_MODE_NAME) = {FM_WIDTH, FM_MODE, shared_bytes, room,
-                                                        run};
+                                                            run};
 
 }  // namespace fastmeta
