@@ -235,7 +235,9 @@ def weigh_tile(c: Constants, features: bool, dual: bool, both: bool) -> Tile:
     depth = 32 if not wide or (dual and classic) else 64
     rows = min(c.width, 64 if small else 128)
     columns = min(inner, 256 if wide and not dual and not classic and inner == 256 else 128)
-    columns = columns if inner % columns == 0 else 64
+    # Split products of dual numbers at 128: 544 columns of tensor memory under Triton 3.6, of 512.
+    crowded = c.mode == "fp32" and dual and not classic and architecture() >= 100
+    columns = min(columns, 64) if crowded or inner % columns else columns
     stages = 3 if wide and not classic else 2
     return Tile(rows, columns, depth, 8 if rows * columns >= 64 * 128 else 4, stages)
 
