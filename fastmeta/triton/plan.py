@@ -190,9 +190,11 @@ class Tile:
 
 def stream_tiles(c: Constants, dual: bool) -> tuple[Tile, Tile]:
     """Of ``ahead`` and ``back``: accumulators of points × columns, twice where dual; ``back`` holds
-    more beside them, so a dual one has half the points (at 128 it spilled 770 bytes, sm_90). Where
-    the operands of products stand in registers (mma.sync: before sm_90, and on consumer GPUs),
-    blocks are smaller; so they are for fp32, whose operands are three times as many."""
+    more beside them, so a dual one has half the points (at 128 it spilled 770 bytes, sm_90) and two
+    stages (three spilled 248 under Triton 3.6; a piece of 48 KB in flight is about what L2 delivers
+    meanwhile). Where the operands of products stand in registers (mma.sync: before sm_90, and on
+    consumer GPUs), blocks are smaller; so they are for fp32, whose operands are three times as
+    many."""
     WP, wide = c.width, c.mode in ("fp16", "bf16")
     classic = classic_products()
     heavy = dual and not wide
@@ -208,6 +210,7 @@ def stream_tiles(c: Constants, dual: bool) -> tuple[Tile, Tile]:
     back = replace(ahead, columns=min(ahead.columns, 128))
     if dual and wide and not classic:
         ahead = replace(ahead, points=128, depth=32, last=16)
+        back = replace(back, stages=2)
     return ahead, back
 
 
