@@ -14,7 +14,7 @@ import torch
 
 import fastmeta as fm
 from fastmeta.ops import dispatch
-from fastmeta.rules import SGD
+from fastmeta.rules import SGD, Adam
 
 
 def main(impl: str) -> None:
@@ -39,12 +39,17 @@ def main(impl: str) -> None:
         ]
         torch.cuda.synchronize()
         assert all(bool(torch.isfinite(f).all()) for f in found)
+    one = fm.siren(2, 3, 32, 4, 30.0)  # few tasks of many points: several blocks a task
+    x, y = (torch.rand(1, 1500, n, generator=g).cuda() for n in (2, 3))
+    lr = torch.full((1, 1, 1), 1e-3, device="cuda").expand(2, 1, one.num_params)
+    passes.maml(one, one.init(1, generator=g).cuda(), fm.Batch(x, y), lr, Adam(), order=2)
     o, d = (torch.rand(2, 9, 3, generator=g).cuda() for _ in range(2))
-    field = fm.MLP(3, 4, 32, 3, "tanh")
     seed = torch.arange(2, device="cuda")
     more = {"measure": fm.March(40), "per_step": 5, "seed": seed}
     batch = fm.Batch(fm.Rays(o, d, 0.5, 2.5), torch.rand(2, 9, 3, generator=g).cuda(), **more)
-    passes.loss_grad(field, field.init(2, generator=g).cuda(), batch)
+    for field in (fm.MLP(3, 4, 32, 3, "tanh"), fm.nerf_mlp(32, 4, 6), fm.nerf_mlp(96, 4, 6)):
+        p = field.init(2, generator=g).cuda()
+        assert all(bool(torch.isfinite(f).all()) for f in passes.loss_hvp(field, p, p, batch))
     pixels = fm.Project(torch.rand(2, 3, generator=g)).pixels(17).cuda()
     image = torch.rand(2, 17, 17, generator=g).cuda()
     passes.project_adjoint(passes.project(image, pixels), pixels)
