@@ -50,9 +50,12 @@ void accept(const Job& job) {
   if (n.in < 1 || n.in > 4 || n.out < 1 || n.out > 8 || n.depth < 2 || n.depth > 6 || n.encoded)
     throw py::value_error(
         "the CUDA kernels take 1 to 4 bare coordinates, 1 to 8 outputs, depths 2 to 6");
-  for (const Data* d : {&job.data, &job.query})
+  for (const Data* d : {&job.data, &job.query}) {
     if (d->tasks && d->measure != Measure::k_none)
       throw py::value_error("the CUDA kernels measure points alone");
+    if (d->points > 1 << 30 || d->per_step > 1 << 30)  // of which they count with 32 bits
+      throw py::value_error("the CUDA kernels take 2^30 points a task at most");
+  }
 }
 
 void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
@@ -109,6 +112,11 @@ PYBIND11_MODULE(FM_MODULE, m) {
   m.def("schedule", [](uint64_t seed, int skipped) {
     emulator::seed = seed;
     emulator::skipped = skipped;
+  });
+  m.def("device", [](int cluster_limit, int block_limit, int multiprocessors) {
+    emulator::cluster_limit = cluster_limit;
+    emulator::block_limit = block_limit;
+    emulator::multiprocessors = multiprocessors;
   });
 #endif
 }

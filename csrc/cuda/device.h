@@ -53,6 +53,10 @@ FM_DEVICE int blocks_y() { return emulator::grid.y; }
 FM_DEVICE char* shared_memory() { return emulator::shared; }
 // __COUNTER__ numbers the places where a block meets: the emulator can leave one out.
 #define FM_MEET() emulator::meet(__COUNTER__)
+// The blocks of a team: those of one x. In a cluster, or else by a count in device memory.
+#define FM_MEET_TEAM(cluster, arrived) \
+  (static_cast<void>(cluster), static_cast<void>(arrived), emulator::meet_team(__COUNTER__))
+FM_DEVICE const float* of_rank(const float* p, int rank) { return emulator::of_rank(p, rank); }
 
 FM_DEVICE float shuffle_xor(float x, int mask) {
   return float_of(emulator::exchange(bits_of(x), mask));
@@ -92,6 +96,45 @@ FM_DEVICE char* shared_memory() {
   return fastmeta_shared;
 }
 #define FM_MEET() __syncthreads()
+#define FM_MEET_TEAM(cluster, arrived) meet_team(cluster, arrived)
+
+// The blocks of one x meet, and what each wrote is there for all: as a cluster, or, where they are
+// all resident, by counting arrivals. The count only grows, from 0 at the launch.
+FM_DEVICE void meet_team(bool cluster, uint32_t* arrived) {
+  if (cluster) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+#else
+    __trap();
+#endif
+    return;
+  }
+  __syncthreads();
+  const uint32_t blocks = gridDim.y;
+  if (blocks == 1) return;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const uint32_t before = atomicAdd(arrived, 1u), all = before - before % blocks + blocks;
+    uint32_t now;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+    } while (now < all);
+    __threadfence();
+  }
+  __syncthreads();
+}
+// What lies in the shared memory of the cluster's block of that rank where p lies in this one's.
+FM_DEVICE const float* of_rank(const float* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t at;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(p), "r"(rank));
+  return reinterpret_cast<const float*>(at);
+#else
+  return rank ? nullptr : p;
+#endif
+}
 
 FM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 

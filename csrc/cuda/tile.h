@@ -27,11 +27,11 @@
 //   width  threads  points (dual)  registers (dual)  KiB of shared memory at depth 4 (dual)
 //   16     128      64 (64)        128 (168)         16-bit 30 (61), others 43 (76)
 //   32     128      64 (32)        128 (168)         47 (65), 74 (85)
-//   64     256      64 (32)        128 (222)         113 (157): two blocks a multiprocessor
-//   64     256      32 (16)        168 (168)         fp32 and tf32: 122 (160)
+//   64     256      64 (32)        128 (192)         113 (157): two blocks a multiprocessor
+//   64     256      32 (16)        147 (134)         fp32 and tf32: 122 (160)
 //
-// Registers as ptxas 13.0 reports them on sm_90; no spills, but for 32 bytes of the plain kernel of
-// width 64 in fp16 (none where the edge layers read one number a load, at 1.3 KB a point more).
+// Registers as ptxas 13.0 reports them on sm_90, of the inner loops' kernels; single passes take no
+// more. No spills, but for one register of the plain inner loops in bf16 (and, on sm_80, fp16).
 // Dropped: rows of 16-bit operands padded by 16 bytes (117 KiB at width 64: one block a
 // multiprocessor); slopes in float32 in the 16-bit modes (141 KiB).
 #pragma once
@@ -92,6 +92,9 @@ FM_HOST_DEVICE Layout layout_of(int depth, int inputs = 0, int outputs = 0) {
   y.weights = take(S::kPlanes * inner * S::kWidth * kRow<S::kMode, S::kWidth> * operand);
   y.hidden = take(S::kPlanes * inner * S::kPoints * kRow<S::kMode, S::kWidth> * operand);
   y.top = take(S::kPlanes * S::kPoints * S::kTop * 4);
+  const int row = S::kWidth * (kMaxInputs + 1 + kMaxOutputs + inner * (S::kWidth + 1)) +
+                  kMaxOutputs + 1;  // a pass leaves its sums there, in the parameters' order
+  if (y.size < 4 * row) y.size = rounded_up(4 * row, 16);
   const int kept = (depth - 1) * S::kPoints * S::kWidth * S::kSlot;
   const int edges = S::kEdgeSums * S::kThreads * 4;  // there at the end of a pass
   y.slopes = take(kept > edges ? kept : edges);
@@ -104,7 +107,7 @@ FM_HOST_DEVICE Layout layout_of(int depth, int inputs = 0, int outputs = 0) {
   y.points = take(S::kPlanes * S::kPoints * kMaxInputs * 4);
   y.index = take(S::kPoints * 4);
   y.ends = take(S::kPlanes * S::kPoints * kMaxOutputs * 4);
-  y.scratch = take(64 * 4);
+  y.scratch = take(32 * 4);
   return y;
 }
 
@@ -135,7 +138,9 @@ FM_DEVICE Dual<float> quad_sum_of(Dual<float> x) { return {quad_sum(x.a), quad_s
 // What a pass over a task's points reads and leaves.
 struct Pass {
   const Data* data = nullptr;
-  int64_t task = 0, step = 0;
+  int64_t task = 0;
+  uint32_t step = 0;          // of the draw
+  int share = 0, shares = 1;  // of the task's tiles: every so many from that one on
   bool back = false;
   const float* gy = nullptr;  // ȳ of the points; null: of the loss
   const float* w = nullptr;   // tangent of the points; null: none
@@ -159,7 +164,7 @@ struct Block {
   char* base;
   const Layout& at;
   const int &depth, &inputs, &outputs;
-  int tid, warp, row, column, g, t, turn = 0;
+  int tid, warp, row, column, g, t;
   Sums sums;
   float loss;
 
@@ -316,13 +321,12 @@ struct Block {
       f(from + i, over_segments(kMaxInputs + 1 + kMaxOutputs, i));
   }
 
-  // One number of all threads: the sum, or the largest; every thread gets it. Two places in turn:
-  // who writes one again has met those who read it before.
+  // One number of all threads: the sum, or the largest; every thread gets it.
   template <class F>
   FM_DEVICE float over_block(float mine, F&& of_warp) {
-    turn ^= 1;
-    float* all = floats(at.scratch) + 32 * turn;
+    float* all = floats(at.scratch);
     mine = of_warp(mine);
+    FM_MEET();  // the last number has been read
     if (tid % 32 == 0) all[warp] = mine;
     FM_MEET();
     return of_warp(tid % 32 < S::kWarps ? all[tid % 32] : 0.0f);
@@ -393,7 +397,7 @@ struct Block {
   }
 
   // The tile's coordinates, and which rows of the data they are (−1: none).
-  FM_DEVICE void load_points(const Pass& pass, int64_t start, int64_t count) {
+  FM_DEVICE void load_points(const Pass& pass, int start, int count) {
     const Data& d = *pass.data;
     for (int p = tid; p < S::kPoints; p += S::kThreads) {
       int index = -1;
@@ -402,8 +406,7 @@ struct Block {
         if (d.per_step) {
           const int64_t upper = d.counts ? d.counts[pass.task] : d.points;
           index = static_cast<int>(draw_integer(d.seed[pass.task], static_cast<uint32_t>(index),
-                                                static_cast<uint32_t>(pass.step), kPoints,
-                                                static_cast<uint32_t>(upper)));
+                                                pass.step, kPoints, static_cast<uint32_t>(upper)));
         }
       }
       reinterpret_cast<int*>(base + at.index)[p] = index;
@@ -716,19 +719,18 @@ struct Block {
     }
   }
 
-  // The pass over all points of a task: afterwards each_gradient gives the sums, and the loss is
-  // returned, to every thread.
+  // The pass over a share of a task's points: afterwards each_gradient gives the sums, and the loss
+  // is returned, to every thread.
   FM_DEVICE float run(const Pass& pass) {
-    const int64_t count = points_of(pass);
-    const float mean = 1.0f / static_cast<float>(count * outputs);
+    const int count = static_cast<int>(points_of(pass));
+    const float mean = 1.0f / (static_cast<float>(count) * static_cast<float>(outputs));
     sums = {};
     loss = 0;
     if (pass.back) {
       for (int i = 0; i < (depth - 2) * 4 * kM; ++i) floats(at.sums)[i * S::kThreads + tid] = 0.0f;
       for (int i = tid; i < (depth - 2) * kH; i += S::kThreads) floats(at.bias_sums)[i] = 0.0f;
     }
-    for (int64_t start = static_cast<int64_t>(block_y()) * S::kPoints; start < count;
-         start += static_cast<int64_t>(blocks_y()) * S::kPoints) {
+    for (int start = pass.share * S::kPoints; start < count; start += pass.shares * S::kPoints) {
       FM_MEET();  // the last tile's points have been read, or the parameters are written
       load_points(pass, start, count);
       FM_MEET();

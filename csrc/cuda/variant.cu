@@ -2,8 +2,8 @@
 // come from the command line, so that the variants compile side by side.
 #include <cmath>
 
-#include "launch.h"
 #include "resident.h"
+#include "team.h"
 
 namespace fastmeta {
 namespace {
@@ -43,43 +43,81 @@ int sum(const float* from, int64_t stride, int64_t tasks, void* out, int64_t cou
                    static_cast<float*>(out), count, inner, split);
 }
 
+bool loops(const Job& job) { return job.op == Op::k_adapt || job.op == Op::k_maml; }
+
 template <class S>
-int launch(const Job& job, float* room, int64_t parts, void* stream) {
-  const Network& net = job.net;
-  const Plan plan = {layout_of<S>(static_cast<int>(net.depth), static_cast<int>(net.in),
-                                  static_cast<int>(net.out)),
-                     room_of(job), room};
-  const int bytes = plan.layout.size;
-  const int error = FM_ALLOW(resident<S>, bytes);
+Layout layout_for(const Job& job) {
+  return layout_of<S>(static_cast<int>(job.net.depth), static_cast<int>(job.net.in),
+                      static_cast<int>(job.net.out));
+}
+
+// How many shares the tiles of a task are dealt to: as many as a large device holds side by side
+// (FM_MULTIPROCESSORS of 228 KiB, of which a block takes 1 KiB more than it asks for), but no more
+// than leave the largest of them as small. Whatever the device, so that sums have one order.
+template <class S>
+int64_t shares_of(const Job& job) {
+  const auto points = [](const Data& d) {
+    return d.tasks == 0 ? 0 : d.per_step ? d.per_step : d.points;
+  };
+  const int64_t given = points(job.data), asked = points(job.query);
+  const int64_t tiles = ((given > asked ? given : asked) + S::kPoints - 1) / S::kPoints;
+  const int64_t room = 228 * 1024 / (layout_for<S>(job).size + 1024);
+  const int64_t most =
+      FM_MULTIPROCESSORS * (room < S::kBlocks ? room : S::kBlocks) / job.data.tasks;
+  if (most < 2 || tiles < 2) return 1;
+  const int64_t each = (tiles + most - 1) / most;
+  return (tiles + each - 1) / each;
+}
+
+template <class S, bool kLoops>
+int launch(const Job& job, float* room, int64_t shares, void* stream) {
+  const int64_t T = job.data.tasks, counts = kLoops ? T * kCountStride : 0;
+  const Layout layout = layout_for<S>(job);
+  const Room at = room_of(job);
+  Plan plan = {layout,
+               at,
+               room + counts,
+               static_cast<int>(shares),
+               false,
+               room + counts + T * at.size,
+               reinterpret_cast<uint32_t*>(room)};
+  const int bytes = layout.size;
+  const auto kernel = resident<S, kLoops>;
+  int error = FM_ALLOW(kernel, bytes);
   if (error) return error;
-  return FM_LAUNCH(resident<S>, job.data.tasks, parts, S::kThreads, bytes, stream, job, plan);
+  int64_t blocks = shares;
+  if (kLoops && shares > 1) {
+    plan.cluster = (shares & (shares - 1)) == 0 && shares <= kClusterLimit &&
+                   runs_clusters(kernel, shares, S::kThreads, bytes);
+    if (!plan.cluster) {
+      const int64_t fit = blocks_at_once(kernel, S::kThreads, bytes) / T;
+      blocks = fit < 1 ? 1 : fit < shares ? fit : shares;
+      if (blocks > 1) error = clear(room, counts * sizeof(float), stream);
+    }
+    if (error) return error;
+    if (blocks > 1)
+      return FM_LAUNCH_TEAM(kernel, T, blocks, plan.cluster, S::kThreads, bytes, stream, job, plan);
+  }
+  return FM_LAUNCH(kernel, T, blocks, S::kThreads, bytes, stream, job, plan);
 }
 
 int shared_bytes(int depth, bool dual) {
   return dual ? layout_of<Along>(depth).size : layout_of<Plain>(depth).size;
 }
 
-// How many blocks share the points of a task: two for each multiprocessor of a large device, whatever
-// the device, so that sums have one order.
-template <class S>
-int64_t parts_of(const Job& job) {
-  if (job.op == Op::k_adapt || job.op == Op::k_maml || job.data.tasks >= 264) return 1;
-  const int64_t points = job.data.per_step ? job.data.per_step : job.data.points;
-  const int64_t tiles = (points + S::kPoints - 1) / S::kPoints, most = 264 / job.data.tasks;
-  return tiles < most ? tiles : most;
-}
-
+// The counts of a team, what a task keeps, and a row of sums for each share.
 int64_t room(const Job& job) {
-  const int64_t plain = parts_of<Plain>(job), dual = parts_of<Along>(job);
-  const int64_t parts = plain > dual ? plain : dual, Q = count_parameters(job.net) + 1;
-  return job.data.tasks * (room_of(job).size + (parts > 1 && job.op != Op::k_mlp ? parts * Q : 0));
+  const int64_t plain = shares_of<Plain>(job), dual = shares_of<Along>(job);
+  const int64_t shares = plain > dual ? plain : dual, Q = count_parameters(job.net) + 1;
+  return job.data.tasks * (room_of(job).size + (loops(job) ? kCountStride : 0) +
+                           (shares > 1 && job.op != Op::k_mlp ? shares * Q : 0));
 }
 
-// A single pass, and the sums of its blocks.
+// A single pass, and the sums of its shares.
 template <class S>
 int single(const Job& job, void* grad, float* room, void* stream) {
-  const int64_t parts = parts_of<S>(job), P = count_parameters(job.net), T = job.data.tasks;
-  int error = launch<S>(job, room, parts, stream);
+  const int64_t parts = shares_of<S>(job), P = count_parameters(job.net), T = job.data.tasks;
+  int error = launch<S, false>(job, room, parts, stream);
   if (error || parts == 1 || job.op == Op::k_mlp) return error;
   if (grad)
     error = FM_LAUNCH(sum_parts, (T * P + 127) / 128, 1, 128, 0, stream, room, parts, P + 1,
@@ -92,18 +130,20 @@ int single(const Job& job, void* grad, float* room, void* stream) {
 int run(const Job& job, float* room, void* stream) {
   const int64_t tasks = job.data.tasks;
   if (job.op == Op::k_mlp_dual) return single<Along>(job, job.grad, room, stream);
-  if (job.op != Op::k_adapt && job.op != Op::k_maml) {
+  if (!loops(job)) {
     const int error = single<Plain>(job, job.grad, room, stream);
     if (error || job.op != Op::k_loss_hvp) return error;
     return single<Along>(job, job.hv, room, stream);
   }
-  int error = launch<Plain>(job, room, 1, stream);
+  int error = launch<Plain, true>(job, room, shares_of<Plain>(job), stream);
   if (error) return error;
   if (job.op != Op::k_maml) return 0;
-  if (job.order == 2 && job.steps) error = launch<Along>(job, room, 1, stream);
+  if (job.order == 2 && job.steps)
+    error = launch<Along, true>(job, room, shares_of<Along>(job), stream);
   if (error) return error;
   const Room at = room_of(job);
   const int64_t P = count_parameters(job.net), *size = job.rates_size;
+  room += tasks * kCountStride;
   error = sum(room + at.lambda, at.size, tasks, job.grad, P, P, 1, stream);
   if (error || !job.rates || !job.steps) return error;
   return sum(room + at.rates, at.size, tasks, job.rates, size[0] * size[1] * size[2], size[2],
