@@ -603,12 +603,18 @@ def test_old_devices_and_missing_compilers_are_named(monkeypatch):
     monkeypatch.setattr(cuda_build, "_ahead_of_time", lambda: None)
     monkeypatch.setattr(cuda_build, "nvcc", lambda: None)
     assert "no nvcc is found (CUDA toolkit 12 or newer; set CUDA_HOME)" in native.cuda.unavailable()
+    monkeypatch.setattr(cuda_build, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(cuda_build, "ninja", lambda: None)
+    reason = native.cuda.unavailable()
+    assert reason == "not compiled, which needs the package 'ninja': pip install ninja"
 
 
+# What it compiles depends on its source and on the header.
 FAKE = """#!/bin/sh
 echo "$@" >> {log}
 for last; do :; done
 case "$*" in *FM_WIDTH=16*) {fail} ;; esac
+case "$*" in *-MD*) echo "$last: {header}" > "$last.d" ;; esac
 echo made > "$last"
 """
 
@@ -616,13 +622,18 @@ echo made > "$last"
 @pytest.fixture
 def fake_nvcc(tmp_path, monkeypatch):
     """A compiler that writes down what it is asked, and fails at width 16 if told to."""
+    if cuda_build.ninja() is None:
+        assert not EMULATOR_NAMED, "FASTMETA_TEST_IMPLS names cpu or cuda, and there is no ninja"
+        pytest.skip("no ninja")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cuda_build, "_ahead_of_time", lambda: None)
     monkeypatch.setattr(cuda_build, "_import", lambda path: path)
 
     def write(fail: str = "true"):
         path = tmp_path / "nvcc"
-        path.write_text(FAKE.format(log=tmp_path / "log", fail=fail))
+        (tmp_path / "header.h").touch()
+        text = FAKE.format(log=tmp_path / "log", fail=fail, header=tmp_path / "header.h")
+        path.write_text(text)
         path.chmod(0o755)
         monkeypatch.setattr(cuda_build, "nvcc", lambda: str(path))
         return tmp_path / "log"
@@ -642,9 +653,27 @@ def test_a_build_is_made_once_and_kept_by_what_it_depends_on(fake_nvcc):
     assert [p.name for p in made.parent.iterdir()] == [made.name]
 
 
+def test_only_what_changed_is_compiled_again(fake_nvcc, tmp_path):
+    """In a folder that stays, as pip's does: headers by the compiler's own list, and commands."""
+    log, target = fake_nvcc(), tmp_path / "built by pip" / "_cuda.so"
+
+    def compiled(archs=("90",)) -> int:
+        log.write_text("")
+        cuda_build.build(emulated.CSRC, archs, target, tmp_path / "some objects")
+        return len(log.read_text().splitlines())
+
+    everything = len(emulated.VARIANTS) + 2
+    assert (compiled(), compiled()) == (everything, 0) and target.is_file()
+    later = (tmp_path / "header.h").stat().st_mtime + 10
+    os.utime(tmp_path / "header.h", (later, later))
+    assert compiled() == everything
+    os.utime(tmp_path / "header.h", (later - 20, later - 20))
+    assert (compiled(), compiled(("80",))) == (0, everything - 1)  # the binding has no architecture
+
+
 def test_a_failed_build_leaves_nothing_and_says_what_the_compiler_said(fake_nvcc):
     fake_nvcc("echo no such intrinsic >&2; exit 3")
-    with pytest.raises(RuntimeError, match="compiling failed.*\n.*no such intrinsic"):
+    with pytest.raises(RuntimeError, match="(?s)compiling failed.*\n.*no such intrinsic"):
         cuda_build.load((9, 0))
     fake_nvcc()
     made = cuda_build.load((9, 0))
