@@ -325,6 +325,21 @@ def test_teams(passes, variant, rule, kind, monkeypatch):
             assert same(run(passes, torch.float32, batch), right)
 
 
+def test_shares_follow_from_the_job(library):
+    """The numbers at the head of team.h: rows of P + 1 sums in the working memory."""
+    it, net, found = library((64, "fp16")), fm.siren(2, 3, 64, 4), []
+    for tasks, points in ((1, 30000), (3, 8000), (64, 1000), (133, 1000), (1024, 1000)):
+        for device in (LARGE, (1, 2**20, 132), (1, 1, 132)):
+            it.device(*device)
+            job = it.Job()
+            job.op, (job.net, _) = it.OPS.index("adapt"), native._network(it, net, torch.float32)
+            job.data.tasks, job.data.points = tasks, points
+            each = job.room(emulated.MODES.index("fp16")) // 4 // tasks
+            found.append((each - 32) / (net.num_params + 1))
+    assert found[::3] == [235, 63, 4, 0, 0]  # no rows: a share alone stays in shared memory
+    assert found[1::3] == found[2::3] == found[::3]
+
+
 # The emulator and its schedules ---
 
 
@@ -459,7 +474,7 @@ int main() {
 
 # Registers at most, plain and dual, on any architecture: as many as let 4 and 3 blocks of 128
 # threads run side by side, at width 64 (256 threads) 2 and 1; fp32 and tf32 of it one.
-# Nothing may spill, but for one register of the plain inner loops in 16 bit.
+# Nothing may spill, but for one register of the plain inner loops of width 64 in fp16.
 REGISTERS = {16: (128, 168), 32: (128, 168), 64: (128, 200)}
 WIDE = {"fp32": (200, 200), "tf32": (200, 200)}
 # (width, mode) -> KiB of shared memory of a block at depth 4, plain and dual
@@ -510,7 +525,7 @@ def check_registers(tmp_path, variant, arch):
         which = ("dual" if dual else "plain") + (" loops" if loops else "")
         print(f"{width} {mode} sm_{arch} {which}: {registers}, {stores}")
         most = WIDE[mode] if width == 64 and mode in WIDE else REGISTERS[width]
-        spilled = 4 if mode in ("fp16", "bf16") and loops and not dual else 0
+        spilled = 4 if (width, mode, dual, loops) == (64, "fp16", False, True) else 0
         assert max(stores, loads) <= spilled, (which, stores, loads)
         assert registers <= most[dual], (which, registers)
 

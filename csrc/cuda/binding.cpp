@@ -34,8 +34,10 @@ const Variant& find(int64_t width, int mode) {
 
 void check(int error, const char* what) {
 #if defined(FM_EMULATE)
+  std::string fault;
+  fault.swap(emulator::fault);
   if (error) throw std::runtime_error(std::string("emulator: ") + what + ": the block is divided");
-  if (!emulator::fault.empty()) throw std::runtime_error(emulator::fault);
+  if (!fault.empty()) throw std::runtime_error(fault);
 #else
   if (!error) return;
   const auto e = static_cast<cudaError_t>(error);

@@ -43,6 +43,10 @@ FM_HOST_DEVICE float float_of(uint32_t u) {
   memcpy(&x, &u, 4);
   return x;
 }
+// The count of arrivals at which all blocks of a team are there, from what it was before one's own.
+FM_HOST_DEVICE uint32_t all_arrived(uint32_t before, uint32_t blocks) {
+  return before - before % blocks + blocks;
+}
 
 #if defined(FM_EMULATE)
 
@@ -53,9 +57,17 @@ FM_DEVICE int blocks_y() { return emulator::grid.y; }
 FM_DEVICE char* shared_memory() { return emulator::shared; }
 // __COUNTER__ numbers the places where a block meets: the emulator can leave one out.
 #define FM_MEET() emulator::meet(__COUNTER__)
-// The blocks of a team: those of one x. In a cluster, or else by a count in device memory.
-#define FM_MEET_TEAM(cluster, arrived) \
-  (static_cast<void>(cluster), static_cast<void>(arrived), emulator::meet_team(__COUNTER__))
+// The blocks of a team meet: those of one x.
+#define FM_MEET_TEAM(cluster, arrived) meet_team(__COUNTER__, cluster, arrived)
+// A count of arrivals is kept as on the device, where a team that is no cluster waits for it.
+inline void meet_team(int place, bool cluster, uint32_t* arrived) {
+  const uint32_t blocks = static_cast<uint32_t>(blocks_y());
+  const bool counts = place != emulator::skipped && !cluster && blocks > 1 && thread_index() == 0;
+  const uint32_t before = counts ? (*arrived)++ : 0, all = all_arrived(before, blocks);
+  emulator::meet(place, emulator::State::kMeetingTeam);
+  if (counts && (before > 1u << 30 || *arrived < all || *arrived > all + blocks))
+    emulator::fault = "the count of a team's arrivals is off";
+}
 FM_DEVICE const float* of_rank(const float* p, int rank) { return emulator::of_rank(p, rank); }
 
 FM_DEVICE float shuffle_xor(float x, int mask) {
@@ -103,9 +115,7 @@ FM_DEVICE char* shared_memory() {
 FM_DEVICE void meet_team(bool cluster, uint32_t* arrived) {
   if (cluster) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-            : "memory");
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #else
     __trap();
 #endif
@@ -116,7 +126,7 @@ FM_DEVICE void meet_team(bool cluster, uint32_t* arrived) {
   if (blocks == 1) return;
   if (threadIdx.x == 0) {
     __threadfence();
-    const uint32_t before = atomicAdd(arrived, 1u), all = before - before % blocks + blocks;
+    const uint32_t all = all_arrived(atomicAdd(arrived, 1u), blocks);
     uint32_t now;
     do {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");

@@ -23,6 +23,7 @@
 #include <vector>
 
 namespace fastmeta {
+
 namespace emulator {
 
 struct Place {
@@ -105,8 +106,6 @@ inline void meet(int place, State state = State::kMeeting) {
   fibers[current].place = place;
   leave();
 }
-inline void meet_team(int place) { meet(place, State::kMeetingTeam); }
-
 // Leaves this lane's words where the warp sees them, and waits for the other lanes.
 inline const Words (&gather(const Words& mine))[32] {
   Fiber& f = fibers[current];

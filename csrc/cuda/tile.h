@@ -30,8 +30,8 @@
 //   64     256      64 (32)        128 (192)         113 (157): two blocks a multiprocessor
 //   64     256      32 (16)        147 (134)         fp32 and tf32: 122 (160)
 //
-// Registers as ptxas 13.0 reports them on sm_90, of the inner loops' kernels; single passes take no
-// more. No spills, but for one register of the plain inner loops in bf16 (and, on sm_80, fp16).
+// Registers as ptxas 13.0 reports them on sm_90, of the inner loops' kernels, single passes take no
+// more; no spills (sm_80: one register at width 64 in fp16, plain).
 // Dropped: rows of 16-bit operands padded by 16 bytes (117 KiB at width 64: one block a
 // multiprocessor); slopes in float32 in the 16-bit modes (141 KiB).
 #pragma once

@@ -91,7 +91,8 @@ int launch(const Job& job, float* room, int64_t shares, void* stream) {
                    runs_clusters(kernel, shares, S::kThreads, bytes);
     if (!plan.cluster) {
       const int64_t fit = blocks_at_once(kernel, S::kThreads, bytes) / T;
-      blocks = fit < 1 ? 1 : fit < shares ? fit : shares;
+      const int64_t each = fit < 1 ? shares : (shares + fit - 1) / fit;  // shares a block
+      blocks = (shares + each - 1) / each;
       if (blocks > 1) error = clear(room, counts * sizeof(float), stream);
     }
     if (error) return error;
