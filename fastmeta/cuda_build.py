@@ -26,6 +26,7 @@ from types import ModuleType
 
 WIDTHS = (16, 32, 64)
 MODES = ("fp32", "tf32", "fp16", "bf16")
+COMMON = ("sums",)  # sources compiled once, whatever the width and precision
 # What a wheel holds; the last one as PTX too, which newer devices compile for themselves.
 ARCHS = ("80", "86", "89", "90", "100", "120")
 
@@ -154,6 +155,9 @@ def build(folder: Path, archs: tuple[str, ...], target: Path, objects: Path) -> 
         for width in reversed(WIDTHS)
         for i, mode in enumerate(MODES)
     ]
+    for name in COMMON:
+        source = [str(cuda / f"{name}.cu"), "-o", str(objects / f"{name}.o")]
+        commands.append([compiler, *_NVCC, *gencode(archs), "-c", *source])
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     binding = [str(cuda / "binding.cpp"), "-o", str(objects / "binding.o")]
     commands.append([compiler, *_NVCC, *includes, "-c", *binding])
