@@ -1,5 +1,5 @@
-"""Building the CUDA kernels: nvcc once per width and precision, side by side, linked to a module
-that needs neither torch nor a CUDA runtime library.
+"""Building the CUDA kernels: nvcc once per width and precision and once for what measures any
+network, side by side, linked to a module that needs neither torch nor a CUDA runtime library.
 
 A build is kept in ``$XDG_CACHE_HOME/fastmeta`` (``~/.cache/fastmeta``), in a folder named after all
 that it depends on: fastmeta's version, the sources, the GPU's architecture, Python's ABI. It is
@@ -154,6 +154,8 @@ def build(folder: Path, archs: tuple[str, ...], target: Path, objects: Path) -> 
         for width in reversed(WIDTHS)
         for i, mode in enumerate(MODES)
     ]
+    measure = [str(cuda / "measure.cu"), "-o", str(objects / "measure.o")]
+    commands.append([compiler, *_NVCC, *gencode(archs), "-c", *measure])
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     binding = [str(cuda / "binding.cpp"), "-o", str(objects / "binding.o")]
     commands.append([compiler, *_NVCC, *includes, "-c", *binding])

@@ -51,6 +51,8 @@ def build(folder: Path, variants: list[tuple[int, str]], *flags: str, jobs: int 
             which = [f"-DFM_WIDTH={width}", f"-DFM_MODE={MODES.index(mode)}"]
             which += [f"-DFM_MODE_NAME={mode}", "-x", "c++", "-c", str(CSRC / "cuda/variant.cu")]
             commands.append([*compiler, *which, "-o", str(made.parent / f"{width}{mode}.o")])
+        shared = ["-x", "c++", "-c", str(CSRC / "cuda/measure.cu")]
+        commands.append([*compiler, *shared, "-o", str(made.parent / "measure.o")])
         listed = ",".join(f"&kVariant_{w}_{m}" for w, m in variants)
         which = ["-DFM_MODULE=_emulated", f"-DFM_ONLY={listed}", "-c"]
         binding = str(CSRC / "cuda/binding.cpp")
