@@ -1,5 +1,5 @@
-"""Building the CUDA kernels: nvcc once per width and precision, side by side, linked to a module
-that needs neither torch nor a CUDA runtime library.
+"""Building the CUDA kernels: nvcc once per width and precision and once for what any of
+them needs, side by side, linked to a module that needs neither torch nor a CUDA runtime library.
 
 A build is kept in ``$XDG_CACHE_HOME/fastmeta`` (``~/.cache/fastmeta``), in a folder named after all
 that it depends on: fastmeta's version, the sources, the GPU's architecture, Python's ABI. It is
@@ -26,7 +26,7 @@ from types import ModuleType
 
 WIDTHS = (16, 32, 64)
 MODES = ("fp32", "tf32", "fp16", "bf16")
-COMMON = ("sums",)  # sources compiled once, whatever the width and precision
+COMMON = ("measure", "sums")  # sources compiled once, whatever the width and precision
 # What a wheel holds; the last one as PTX too, which newer devices compile for themselves.
 ARCHS = ("80", "86", "89", "90", "100", "120")
 

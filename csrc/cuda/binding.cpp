@@ -5,6 +5,7 @@
 #include <string>
 
 #include "launch.h"
+#include "measure.h"
 
 #if defined(FM_EMULATE)
 #include "emulator.h"
@@ -109,6 +110,24 @@ PYBIND11_MODULE(FM_MODULE, m) {
   m.def("schedule", [](uint64_t seed, int skipped) {
     emulator::seed = seed;
     emulator::skipped = skipped;
+  });
+  // What stands behind any network, alone: tests give it outputs of their own.
+  m.def("network_points", [](const Job& job) { return network_points(job.data); });
+  m.def("measure_room", [](const Job& job, int64_t tasks, bool dual) {
+    return measure_room(job.data, tasks, dual);
+  });
+  m.def("lay_points",
+        [](const Job& job, int64_t first, int64_t tasks, uintptr_t x, uintptr_t room) {
+          check(lay_points(job.net, {&job.data, job.step, first, tasks},
+                           reinterpret_cast<float*>(x), reinterpret_cast<float*>(room), nullptr),
+                "points");
+        });
+  m.def("measure_loss", [](const Job& job, int64_t first, int64_t tasks, bool dual, bool back,
+                           uintptr_t y, uintptr_t loss, uintptr_t room) {
+    check(measure_loss(job.net, {&job.data, job.step, first, tasks}, dual, back,
+                       reinterpret_cast<float*>(y), reinterpret_cast<float*>(loss),
+                       reinterpret_cast<float*>(room), nullptr),
+          "loss");
   });
 #endif
 }
