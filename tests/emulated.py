@@ -53,6 +53,12 @@ def build(folder: Path, variants: list[tuple[int, str]], *flags: str, jobs: int 
             which = [f"-DFM_WIDTH={width}", f"-DFM_MODE={MODES.index(mode)}"]
             which += [f"-DFM_MODE_NAME={mode}", "-x", "c++", "-c", str(CSRC / "cuda/variant.cu")]
             commands.append([*compiler, *which, "-o", str(made.parent / f"{width}{mode}.o")])
+        for i, mode in enumerate(MODES):
+            which = [f"-DFM_MODE={i}", f"-DFM_MODE_NAME={mode}", "-x", "c++", "-c"]
+            source = str(CSRC / "cuda/layered.cu")
+            commands.append(
+                [*compiler, *which, source, "-o", str(made.parent / f"layered_{mode}.o")]
+            )
         for name in cuda_build.COMMON:
             source = ["-x", "c++", "-c", str(CSRC / f"cuda/{name}.cu")]
             commands.append([*compiler, *source, "-o", str(made.parent / f"{name}.o")])
