@@ -464,7 +464,7 @@ def case(**changes):
         ({"measure": "project"}, "measure project (none so far)"),
         ({"device": "cpu"}, "device cpu (cuda only)"),
         ({"dtype": torch.float64}, "dtype torch.float64 (float32 only)"),
-        ({"op": "composite", "net": None}, "composite (not yet; mlp, loss_grad"),
+        ({"op": "eikonal", "net": None}, "eikonal (not yet; mlp, loss_grad"),
     ],
 )
 def test_objections(changes, sentence):
@@ -474,6 +474,8 @@ def test_objections(changes, sentence):
 def test_a_case_it_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert native.cuda.objections(case()) == []
+    for op, measure in (("composite", "march"), ("project", "project")):
+        assert native.cuda.objections(case(op=op, net=None, measure=measure)) == []
 
 
 def test_shared_memory_that_is_too_small_is_an_objection(monkeypatch, library):

@@ -56,7 +56,7 @@ void accept(const Job& job) {
       throw py::value_error("the CUDA kernels measure points alone");
 }
 
-void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
+void run_job(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
   accept(job);
   const Variant& variant = find(job.net.width, mode);
 #if !defined(FM_EMULATE)
@@ -80,6 +80,23 @@ void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
   check(error, "launch");
 }
 
+// Jobs that know no width or precision.
+template <class C>
+void run_alone(const C& job, int, uintptr_t room, uintptr_t stream) {
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = run(job, reinterpret_cast<float*>(room), reinterpret_cast<void*>(stream));
+  }
+  check(error, "launch");
+}
+
+int64_t room_bytes(const Job& job, int mode) { return 4 * find(job.net.width, mode).room(job); }
+template <class C>
+int64_t room_bytes(const C& job, int) {
+  return 4 * room_of(job);
+}
+
 }  // namespace
 }  // namespace fastmeta
 
@@ -89,10 +106,16 @@ void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
 
 PYBIND11_MODULE(FM_MODULE, m) {
   using namespace fastmeta;
-  bind_structs(m, [](py::class_<Job>& c) {
-    c.def("run", run, "Launch on a stream, in a mode (fp32, tf32, fp16, bf16 are 0 to 3).");
+  bind_structs(m, [](auto& c) {
+    using C = typename std::decay_t<decltype(c)>::type;
+    const char* text = "Launch on a stream, in a mode (fp32, tf32, fp16, bf16 are 0 to 3).";
+    if constexpr (std::is_same_v<C, Job>) {
+      c.def("run", run_job, text);
+    } else {
+      c.def("run", run_alone<C>, text);
+    }
     c.def(
-        "room", [](const Job& job, int mode) { return 4 * find(job.net.width, mode).room(job); },
+        "room", [](const C& job, int mode) { return room_bytes(job, mode); },
         "Bytes of working memory.");
   });
   py::list widths;
