@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import batch as _batch
 from . import cuda_build, env
 from . import rules as _rules
 from . import spec as _spec
-from .batch import Batch, March, Project, Rays
+from .batch import Batch, Inverse, March, Project, Rays, inverse_pixels
 from .rules import Adam, Momentum, Rule
 from .spec import MLP
 
@@ -118,7 +119,7 @@ class _Cuda:
 
     precisions = ("fp32", "tf32", "fp16", "bf16")
     max_depth = 64  # kMaxDepth of csrc/abi.h
-    ops = ("mlp", "loss_grad", "loss_hvp", "adapt", "maml", "reptile")
+    ops = ("mlp", "loss_grad", "loss_hvp", "adapt", "maml", "reptile", "composite", "project")
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None. Compiles nothing."""
@@ -139,9 +140,7 @@ class _Cuda:
         if case.dtype != torch.float32:
             reasons.append(f"dtype {case.dtype} (float32 only)")
         if case.op not in self.ops:
-            reasons.append(f"{case.op} (not yet; {', '.join(self.ops)} so far)")
-        if case.measure != "none":
-            reasons.append(f"measure {case.measure} (none so far)")
+            reasons.append(f"{case.op} ({', '.join(self.ops)} only)")
         if case.net is not None and case.net.depth > self.max_depth:
             reasons.append(f"depth {case.net.depth} ({self.max_depth} at most)")
         return reasons
@@ -283,7 +282,10 @@ class _Call:
         data.x, data.x_stride = self.hold(x), x.stride(0) if x.shape[0] > 1 else 0
         if isinstance(batch.measure, Project):
             data.angles, data.size = batch.y.shape[1], batch.y.shape[2]
-            data.pixels = self.dense(batch.measure.pixels(data.size))
+            pixels = batch.measure.pixels(data.size)
+            data.pixels = self.dense(pixels)
+            if isinstance(self.place, Device):
+                data.order, data.starts = map(self.hold, _inverse(pixels))
 
     def loop(self, lr: Tensor, rule: Rule, max_memory: int | None) -> None:
         """The inner loop's part: rates [K,T,P], a view, rule and budget."""
@@ -303,6 +305,21 @@ def _dense_rows(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() or tensor[0].is_contiguous():  # the first alone is 0.7 us faster
         return tensor
     return tensor.contiguous()
+
+
+_inverses: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _inverse(pixels: Tensor) -> Inverse:
+    """Which entries of the sinogram each pixel went to, sorted once for a tensor of pixels."""
+    if pixels[0].numel() >= 2**31:
+        raise ValueError(
+            f"project: {pixels.shape[1]} angles of {pixels.shape[2]} x {pixels.shape[3]} samples; "
+            "the cuda worker counts fewer than 2^31 of a task"
+        )
+    if pixels not in _inverses:
+        _inverses[pixels] = inverse_pixels(pixels)
+    return _inverses[pixels]
 
 
 def _march(library: ModuleType, march: March) -> Any:
@@ -468,7 +485,7 @@ class Passes:
     def composite(self, raw: Tensor, t: Tensor, march: March) -> tuple[Tensor, Tensor, Tensor]:
         job, alive = self._rays(raw, t, march)
         shown = _shown(job, raw)
-        job.run(self.isa, raw.dtype == torch.float64)
+        self.place.run(job, raw)
         return shown
 
     def composite_grad(
@@ -476,7 +493,7 @@ class Passes:
     ) -> tuple[Tensor, Tensor]:
         job, alive = self._rays(raw, t, march, grgb=grgb, gdepth=gdepth, gacc=gacc)
         graw, gt = _adjoints(job, raw, t)
-        job.run(self.isa, raw.dtype == torch.float64)
+        self.place.run(job, raw)
         return graw, gt
 
     def composite_dual(
@@ -494,14 +511,15 @@ class Passes:
             raw, t, march, vraw=vraw, vt=vt, grgb=grgb, gdepth=gdepth, gacc=gacc
         )
         shown, adjoints = _shown(job, raw), _adjoints(job, raw, t)
-        job.run(self.isa, raw.dtype == torch.float64)
+        self.place.run(job, raw)
         return (*shown, *adjoints)
 
     def _rays(
         self, raw: Tensor, t: Tensor, march: March, **more: Tensor
     ) -> tuple[Any, list[Tensor]]:
-        job = _library().CompositeJob()
-        job.march, job.threads = _march(_library(), march), torch.get_num_threads()
+        library = self.place.library
+        job = library.CompositeJob()
+        job.march, job.threads = _march(library, march), torch.get_num_threads()
         job.rays, job.march.samples = t.numel() // t.shape[-1], t.shape[-1]
         alive = []
         for name, tensor in {"raw": raw, "t": t, **more}.items():
@@ -518,13 +536,16 @@ class Passes:
         return self._project(sinogram, pixels, sinogram.new_empty(T, W, W), 1)
 
     def _project(self, source: Tensor, pixels: Tensor, result: Tensor, adjoint: int) -> Tensor:
-        source, pixels = source.contiguous(), pixels.contiguous()
-        job = _library().ProjectJob()
+        mapping, source, pixels = pixels, source.contiguous(), pixels.contiguous()
+        job = self.place.library.ProjectJob()
         job.threads, job.adjoint = torch.get_num_threads(), adjoint
         job.tasks, job.angles, job.size = pixels.shape[:3]
         job.pixels, job.to = pixels.data_ptr(), result.data_ptr()
         setattr(job, "from", source.data_ptr())
-        job.run(self.isa, source.dtype == torch.float64)
+        if adjoint and isinstance(self.place, Device):
+            alive = _inverse(mapping)
+            job.order, job.starts = (tensor.data_ptr() for tensor in alive)
+        self.place.run(job, source)
         return result
 
 

@@ -456,11 +456,9 @@ def case(**changes):
     ("changes", "sentence"),
     [
         ({"net": fm.siren(2, 3, 64, 65)}, "depth 65 (64 at most)"),
-        ({"measure": "march"}, "measure march (none so far)"),
-        ({"measure": "project"}, "measure project (none so far)"),
         ({"device": "cpu"}, "device cpu (cuda only)"),
         ({"dtype": torch.float64}, "dtype torch.float64 (float32 only)"),
-        ({"op": "composite", "net": None}, "composite (not yet; mlp, loss_grad"),
+        ({"op": "eikonal", "net": None}, "eikonal (mlp, loss_grad"),
     ],
 )
 def test_objections(changes, sentence):
@@ -469,7 +467,10 @@ def test_objections(changes, sentence):
 
 @pytest.mark.parametrize("net", [fm.siren(2, 3, 64, 4), fm.fourier_mlp(6, 12, 100, 9)])
 def test_cases_it_takes(net):
-    assert native.cuda.objections(case(net=net)) == []
+    for measure in ("none", "march", "project"):
+        assert native.cuda.objections(case(net=net, measure=measure)) == []
+    for op, measure in (("composite", "march"), ("project", "project")):
+        assert native.cuda.objections(case(op=op, net=None, measure=measure)) == []
 
 
 def test_without_a_gpu_it_says_so():

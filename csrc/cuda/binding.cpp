@@ -73,18 +73,9 @@ void accept(const Job& job, int mode) {
       n.depth > kMaxDepth)
     throw py::value_error("the CUDA kernels take modes 0 to 3 and depths 2 to " +
                           std::to_string(kMaxDepth));
-  for (const Data* d : {&job.data, &job.query})
-    if (d->tasks && d->measure != Measure::k_none)
-      throw py::value_error("the CUDA kernels measure points alone");
 }
 
-int64_t room(const Job& job, int mode) {
-  accept(job, mode);
-  const Variant* variant = resident(job, mode);
-  return variant ? variant->room(job) : layered_room(job, mode);
-}
-
-void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
+void run_job(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
   accept(job, mode);
   const Variant* variant = resident(job, mode);
   int error;
@@ -97,6 +88,27 @@ void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
   check(error, "launch");
 }
 
+// Jobs that know no width or precision.
+template <class C>
+void run_alone(const C& job, int, uintptr_t room, uintptr_t stream) {
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = run(job, reinterpret_cast<float*>(room), reinterpret_cast<void*>(stream));
+  }
+  check(error, "launch");
+}
+
+int64_t room_bytes(const Job& job, int mode) {
+  accept(job, mode);
+  const Variant* variant = resident(job, mode);
+  return 4 * (variant ? variant->room(job) : layered_room(job, mode));
+}
+template <class C>
+int64_t room_bytes(const C& job, int) {
+  return 4 * room_of(job);
+}
+
 }  // namespace
 }  // namespace fastmeta
 
@@ -106,10 +118,16 @@ void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
 
 PYBIND11_MODULE(FM_MODULE, m) {
   using namespace fastmeta;
-  bind_structs(m, [](py::class_<Job>& c) {
-    c.def("run", run, "Launch on a stream, in a mode (fp32, tf32, fp16, bf16 are 0 to 3).");
+  bind_structs(m, [](auto& c) {
+    using C = typename std::decay_t<decltype(c)>::type;
+    const char* text = "Launch on a stream, in a mode (fp32, tf32, fp16, bf16 are 0 to 3).";
+    if constexpr (std::is_same_v<C, Job>) {
+      c.def("run", run_job, text);
+    } else {
+      c.def("run", run_alone<C>, text);
+    }
     c.def(
-        "room", [](const Job& job, int mode) { return 4 * room(job, mode); },
+        "room", [](const C& job, int mode) { return room_bytes(job, mode); },
         "Bytes of working memory.");
   });
   py::list widths;
