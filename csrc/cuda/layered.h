@@ -17,9 +17,11 @@
 // each feature: from width 64 on in fp32, 256 in 16 bit, the products bound it. The points of a gradient are
 // cut into parts, one a block, summed in order by a second kernel (sums.h): no atomics, one order.
 //
-// fp16: operands of the way back are multiplied by the power of two that brings the largest of the
-// task's |δ_L| to [½, 1), tangents by that of the largest of |v| and |w|, and what comes out is
-// divided by them: exact, and kept out of device memory.
+// fp16: operands are multiplied by powers of two on the way to shared memory, and what comes out is
+// divided by them, exactly: δ by the one that brings the largest of the task's |δ_L| to [½, 1), δ̇
+// by that of |δ̇_L| where it is smaller, as behind rays whose adjoints reach 1e20; tangents of the
+// other operand by the quotient of the two, at most, as in the forward pass, that of the largest of
+// |v| and |w|.
 //
 // Edges are fp32 whatever the mode: coordinates, the first layer of a sine network, the last layer.
 // Narrow tiles are for those of few columns, the outputs and the coordinates; their gradients take
@@ -69,8 +71,8 @@ struct Product {
   // gradient: where the layer's begins; in narrow tiles, which column is 1, and of which operand
   int64_t weight_at, bias_at;
   int ones;
-  bool flipped;       // C is [in, out]: A is h, B is δ
-  Peaks ends, along;  // of fp16's powers of two
+  bool flipped;                   // C is [in, out]: A is h, B is δ
+  Peaks ends, ends_along, along;  // of fp16's powers of two: |δ_L|, its tangent; |v| and |w|
 };
 
 // Products of one mode; narrow ones are fp32's alone. Returns the CUDA error.
@@ -80,14 +82,14 @@ struct Layered {
                  void* stream);
 };
 
-// The power of two of a task's peaks; all lanes of a warp call it.
-FM_DEVICE float power_at(const Peaks& peaks, int64_t task) {
+// The largest of a task's peaks; all lanes of a warp call it.
+FM_DEVICE float largest_of(const Peaks& peaks, int64_t task) {
   float largest = 0;
   for (int i = thread_index() % 32; i < peaks.count; i += 32) {
     const float x = peaks.at[task * peaks.count + i];
     largest = x > largest ? x : largest;
   }
-  return power_of(warp_max(largest));
+  return warp_max(largest);
 }
 
 template <Mode kMode, bool kDual_, Way kWay, bool kThin>
@@ -123,8 +125,15 @@ struct Tile {
     row0 = tile / p.column_tiles * kSide;
     column0 = tile % p.column_tiles * kColumns;
     if constexpr (kMode == Mode::kFp16) {
-      if (kWay != Way::kForward) up = power_at(p.ends, task);
-      if (kDual) along = power_at(p.along, task);
+      if (kDual) along = power_of(largest_of(p.along, task));
+      if constexpr (kWay != Way::kForward) {
+        up = power_of(largest_of(p.ends, task));
+        const float tangent = kDual ? largest_of(p.ends_along, task) : 0.0f;
+        if (tangent > 0) {  // up times along is to suit it too
+          const float ratio = power_of(tangent) / up;
+          along = ratio < along ? (ratio > 0x1p-100f ? ratio : 0x1p-100f) : along;
+        }
+      }
     }
     FM_UNROLL for (int i = 0; i < kLeft; ++i) {
       FM_UNROLL for (int j = 0; j < kN; ++j) {
@@ -230,7 +239,8 @@ struct Tile {
       FM_MEET();
       if (row0 + 16 * warp >= p.rows) continue;
       const int left = last - k < kSide ? last - k : kSide;
-      const int depth = kMode == Mode::kFp32 ? left : kSide;
+      // 16 bit: a constant, so that it is unrolled; words: what there is, and no spills
+      const int depth = is_short(kMode) ? kSide : left;
       if constexpr (!kDual) {
         add<kSums>(c[0], 0, 0, depth);
       } else {
