@@ -1,5 +1,5 @@
-"""Building the CUDA kernels: nvcc once per width and precision and once for what measures any
-network, side by side, linked to a module that needs neither torch nor a CUDA runtime library.
+"""Building the CUDA kernels: nvcc once per width and precision and once for what any of
+them needs, side by side, linked to a module that needs neither torch nor a CUDA runtime library.
 
 A build is kept in ``$XDG_CACHE_HOME/fastmeta`` (``~/.cache/fastmeta``), in a folder named after all
 that it depends on: fastmeta's version, the sources, the GPU's architecture, Python's ABI. It is
@@ -26,6 +26,11 @@ from types import ModuleType
 
 WIDTHS = (16, 32, 64)
 MODES = ("fp32", "tf32", "fp16", "bf16")
+COMMON = (
+    "layered_loop",
+    "measure",
+    "sums",
+)  # sources compiled once, whatever the width and precision
 # What a wheel holds; the last one as PTX too, which newer devices compile for themselves.
 ARCHS = ("80", "86", "89", "90", "100", "120")
 
@@ -154,8 +159,14 @@ def build(folder: Path, archs: tuple[str, ...], target: Path, objects: Path) -> 
         for width in reversed(WIDTHS)
         for i, mode in enumerate(MODES)
     ]
-    measure = [str(cuda / "measure.cu"), "-o", str(objects / "measure.o")]
-    commands.append([compiler, *_NVCC, *gencode(archs), "-c", *measure])
+    for i, mode in enumerate(MODES):
+        one = [f"-DFM_MODE={i}", f"-DFM_MODE_NAME={mode}", "-c", str(cuda / "layered.cu")]
+        commands.append(
+            [compiler, *_NVCC, *gencode(archs), *one, "-o", str(objects / f"layered_{mode}.o")]
+        )
+    for name in COMMON:
+        source = [str(cuda / f"{name}.cu"), "-o", str(objects / f"{name}.o")]
+        commands.append([compiler, *_NVCC, *gencode(archs), "-c", *source])
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     binding = [str(cuda / "binding.cpp"), "-o", str(objects / "binding.o")]
     commands.append([compiler, *_NVCC, *includes, "-c", *binding])

@@ -111,10 +111,14 @@ cpu = _Cpu()
 
 
 class _Cuda:
-    """The worker on NVIDIA GPUs: compiled by nvcc when it is first used, or ahead of time."""
+    """The worker on NVIDIA GPUs: compiled by nvcc when it is first used, or ahead of time.
+
+    Small networks on bare coordinates run whole inner loops in one launch, any others layer by
+    layer; the compiled module decides.
+    """
 
     precisions = ("fp32", "tf32", "fp16", "bf16")
-    widths = (16, 32, 64)
+    max_depth = 64  # kMaxDepth of csrc/abi.h
     ops = ("mlp", "loss_grad", "loss_hvp", "adapt", "maml", "reptile", "composite", "project")
 
     def unavailable(self) -> str | None:
@@ -137,40 +141,9 @@ class _Cuda:
             reasons.append(f"dtype {case.dtype} (float32 only)")
         if case.op not in self.ops:
             reasons.append(f"{case.op} (not yet; {', '.join(self.ops)} so far)")
-        if case.measure != "none" and case.op not in ("composite", "project"):
-            reasons.append(f"measure {case.measure} (none so far)")
-        net = case.net
-        if net is None:
-            return reasons
-        if net.width not in self.widths:
-            reasons.append(f"width {net.width} ({', '.join(map(str, self.widths))} so far)")
-        if net.depth > 6:
-            reasons.append(f"depth {net.depth} (6 at most so far)")
-        if net.encoding is not None:
-            reasons.append("an encoding (bare coordinates only so far)")
-        if net.in_features > 4:
-            reasons.append(f"{net.in_features} coordinates (4 at most)")
-        if net.out_features > 8:
-            reasons.append(f"{net.out_features} outputs (8 at most)")
-        return reasons or self._room(case)
-
-    def _room(self, case: Any) -> list[str]:
-        """The objection of shared memory that is too small for the network; asked before the
-        kernels are compiled it is left to their launch, which raises."""
-        if not torch.cuda.is_available() or "library" not in vars(self):
-            return []
-        properties: Any = torch.cuda.get_device_properties()
-        has = properties.shared_memory_per_block_optin
-        precision = case.precision or "fp32"
-        dual = case.order > 1 or case.op == "loss_hvp"
-        mode = self.precisions.index(precision)
-        needs = self.library.shared_bytes(case.net.width, mode, case.net.depth, dual)
-        if needs <= has:
-            return []
-        return [
-            f"width {case.net.width}, depth {case.net.depth} in {precision}: a block needs {needs} "
-            f"bytes of shared memory, the device has {has}"
-        ]
+        if case.net is not None and case.net.depth > self.max_depth:
+            reasons.append(f"depth {case.net.depth} ({self.max_depth} at most)")
+        return reasons
 
     @cached_property
     def library(self) -> ModuleType:
@@ -206,11 +179,11 @@ class Device:
         self.library, self.mode = library, library.MODES.index(precision)
 
     def run(self, job: Any, like: Tensor) -> None:
-        # freed while the kernel may still run: the allocator gives it to the same stream again
-        room = torch.empty(job.room(self.mode), dtype=torch.uint8, device=like.device)
         on_gpu = like.is_cuda
         stream = torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0
         with torch.cuda.device_of(like) if on_gpu else nullcontext():
+            # freed while the kernel may still run: the allocator gives it to the same stream again
+            room = torch.empty(job.room(self.mode), dtype=torch.uint8, device=like.device)
             job.run(self.mode, room.data_ptr(), stream)
 
 
@@ -223,7 +196,9 @@ def fma_peak(threads: int, isa: str | None = None, seconds: float = 0.3) -> floa
 
 
 @lru_cache(maxsize=256)
-def _network(library: ModuleType, net: MLP, dtype: torch.dtype) -> tuple[Any, tuple]:
+def _network(
+    library: ModuleType, net: MLP, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, tuple]:
     """The specification as a struct, and the tensors it points to."""
     n = library.Network()
     n.out, n.width, n.depth = net.out_features, net.width, net.depth
@@ -237,7 +212,7 @@ def _network(library: ModuleType, net: MLP, dtype: torch.dtype) -> tuple[Any, tu
     if net.encoding.include_input:  # coordinates are features too: the first D columns
         B, phi = torch.cat([torch.eye(D, dtype=dtype), B], 1), torch.cat([B.new_zeros(D), phi])
         n.identity = D
-    B, phi = B.contiguous(), phi.contiguous()
+    B, phi = B.contiguous().to(device), phi.contiguous().to(device)
     n.encoded, n.basis, n.phase = net.encoded_features, B.data_ptr(), phi.data_ptr()
     return n, (B, phi)
 
@@ -250,7 +225,7 @@ class _Call:
         self.job = library.Job()
         self.job.op = library.OPS.index(op)
         self.job.threads = torch.get_num_threads()
-        self.job.net, tensors = _network(library, net, like.dtype)
+        self.job.net, tensors = _network(library, net, like.dtype, like.device)
         self.alive = list(tensors)
         self.like = like
 
@@ -414,6 +389,7 @@ class Passes:
         if params.shape[0] == 1 and T > 1:
             x = x.reshape(1, T * N, -1)
         call.points(x, params.shape[0] if x.shape[0] == 1 else T)
+        call.job.budget = DEFAULT_MEMORY
         call.rows("params", params)
         return call, T, N
 

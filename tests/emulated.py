@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+from fastmeta import cuda_build
+
 CSRC = Path(__file__).parents[1] / "csrc"
 MODES = ("fp32", "tf32", "fp16", "bf16")
 VARIANTS = [(width, mode) for width in (16, 32, 64) for mode in MODES]
@@ -51,8 +53,15 @@ def build(folder: Path, variants: list[tuple[int, str]], *flags: str, jobs: int 
             which = [f"-DFM_WIDTH={width}", f"-DFM_MODE={MODES.index(mode)}"]
             which += [f"-DFM_MODE_NAME={mode}", "-x", "c++", "-c", str(CSRC / "cuda/variant.cu")]
             commands.append([*compiler, *which, "-o", str(made.parent / f"{width}{mode}.o")])
-        shared = ["-x", "c++", "-c", str(CSRC / "cuda/measure.cu")]
-        commands.append([*compiler, *shared, "-o", str(made.parent / "measure.o")])
+        for i, mode in enumerate(MODES):
+            which = [f"-DFM_MODE={i}", f"-DFM_MODE_NAME={mode}", "-x", "c++", "-c"]
+            source = str(CSRC / "cuda/layered.cu")
+            commands.append(
+                [*compiler, *which, source, "-o", str(made.parent / f"layered_{mode}.o")]
+            )
+        for name in cuda_build.COMMON:
+            source = ["-x", "c++", "-c", str(CSRC / f"cuda/{name}.cu")]
+            commands.append([*compiler, *source, "-o", str(made.parent / f"{name}.o")])
         listed = ",".join(f"&kVariant_{w}_{m}" for w, m in variants)
         which = ["-DFM_MODULE=_emulated", f"-DFM_ONLY={listed}", "-c"]
         binding = str(CSRC / "cuda/binding.cpp")

@@ -455,13 +455,7 @@ def case(**changes):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"net": fm.siren(2, 3, 100)}, "width 100 (16, 32, 64 so far)"),
-        ({"net": fm.siren(2, 3, 64, 7)}, "depth 7 (6 at most so far)"),
-        ({"net": fm.siren(5, 3, 64, 4)}, "5 coordinates (4 at most)"),
-        ({"net": fm.siren(2, 9, 64, 4)}, "9 outputs (8 at most)"),
-        ({"net": fm.fourier_mlp(2, 3, 64, 4)}, "an encoding (bare coordinates only so far)"),
-        ({"measure": "march"}, "measure march (none so far)"),
-        ({"measure": "project"}, "measure project (none so far)"),
+        ({"net": fm.siren(2, 3, 64, 65)}, "depth 65 (64 at most)"),
         ({"device": "cpu"}, "device cpu (cuda only)"),
         ({"dtype": torch.float64}, "dtype torch.float64 (float32 only)"),
         ({"op": "eikonal", "net": None}, "eikonal (not yet; mlp, loss_grad"),
@@ -471,24 +465,13 @@ def test_objections(changes, sentence):
     assert any(sentence in reason for reason in native.cuda.objections(case(**changes)))
 
 
-def test_a_case_it_takes(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert native.cuda.objections(case()) == []
+@pytest.mark.parametrize("net", [fm.siren(2, 3, 64, 4), fm.fourier_mlp(6, 12, 100, 9)])
+def test_cases_it_takes(net):
+    assert native.cuda.objections(case(net=net)) == []
+    for measure in ("none", "march", "project"):
+        assert native.cuda.objections(case(net=net, measure=measure)) == []
     for op, measure in (("composite", "march"), ("project", "project")):
         assert native.cuda.objections(case(op=op, net=None, measure=measure)) == []
-
-
-def test_shared_memory_that_is_too_small_is_an_objection(monkeypatch, library):
-    worker = native._Cuda()
-    worker.library = library((64, "fp16"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    has = type("Properties", (), {"shared_memory_per_block_optin": 99 * 1024})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: has)
-    (reason,) = worker.objections(case(precision="fp16"))
-    assert reason.startswith("width 64, depth 4 in fp16: a block needs 1")
-    assert reason.endswith("bytes of shared memory, the device has 101376")
-    assert worker.objections(case(precision="fp16", net=fm.siren(2, 3, 64, 3))) == []
-    assert worker.objections(case(precision="fp16", net=fm.siren(2, 3, 64, 3), order=2))
 
 
 def test_without_a_gpu_it_says_so():
@@ -540,7 +523,8 @@ def test_a_build_is_made_once_and_kept_by_what_it_depends_on(fake_nvcc):
     made = cuda_build.load((9, 0))
     assert made.read_text() == "made\n" and made == cuda_build.load((9, 0))
     lines = log.read_text().splitlines()
-    assert len(lines) == len(emulated.VARIANTS) + 3  # and measure, the binding, and the link
+    modes, common = len(emulated.MODES), len(cuda_build.COMMON)
+    assert len(lines) == len(emulated.VARIANTS) + modes + common + 2  # and the binding, the link
     assert all("-gencode=arch=compute_90,code=sm_90" in one for one in lines if ".cu " in one)
     assert "-cudart static" in lines[-1] and "-shared" in lines[-1]
     assert cuda_build.load((8, 0)).parent != made.parent
@@ -561,4 +545,6 @@ def test_both_sides_list_the_same_variants():
     for macro, names in (("FM_WIDTHS", cuda_build.WIDTHS), ("FM_MODES", cuda_build.MODES)):
         body = re.search(rf"#define {macro}\(X\)(.*)", text)[1]
         assert re.findall(r"X\((\w+)\)", body) == [str(n) for n in names]
-    assert native.cuda.widths == cuda_build.WIDTHS and native.cuda.precisions == cuda_build.MODES
+    assert native.cuda.precisions == cuda_build.MODES
+    abi = (emulated.CSRC / "abi.h").read_text()
+    assert f"constexpr int kMaxDepth = {native.cuda.max_depth};" in abi

@@ -3,6 +3,7 @@
 #include "../binding.h"
 
 #include <string>
+#include <type_traits>
 
 #include "launch.h"
 #include "measure.h"
@@ -45,37 +46,55 @@ void check(int error, const char* what) {
 #endif
 }
 
-// What the kernels do not have must not reach them.
-void accept(const Job& job) {
+// Whole tasks in a block each where its shared memory holds them; null: layer by layer.
+const Variant* resident(const Job& job, int mode) {
   const Network& n = job.net;
-  if (n.in < 1 || n.in > 4 || n.out < 1 || n.out > 8 || n.depth < 2 || n.depth > 6 || n.encoded)
-    throw py::value_error(
-        "the CUDA kernels take 1 to 4 bare coordinates, 1 to 8 outputs, depths 2 to 6");
+  if (n.in > 4 || n.out > 8 || n.depth > 6 || n.encoded) return nullptr;
   for (const Data* d : {&job.data, &job.query})
-    if (d->tasks && d->measure != Measure::k_none)
-      throw py::value_error("the CUDA kernels measure points alone");
+    if (d->tasks && d->measure != Measure::k_none) return nullptr;
+  for (const Variant* v : kVariants) {
+    if (v->width != n.width || v->mode != mode) continue;
+#if !defined(FM_EMULATE)
+    int device = 0, has = 0;
+    check(cudaGetDevice(&device), "device");
+    check(cudaDeviceGetAttribute(&has, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+    const bool dual = job.op == Op::k_loss_hvp || job.op == Op::k_mlp_dual ||
+                      (job.op == Op::k_maml && job.order == 2);
+    if (v->shared_bytes(static_cast<int>(n.depth), dual) > has) return nullptr;
+#endif
+    return v;
+  }
+  return nullptr;
+}
+
+// What the kernels do not have must not reach them.
+void accept(const Job& job, int mode) {
+  const Network& n = job.net;
+  if (mode < 0 || mode > 3 || n.in < 1 || n.out < 1 || n.width < 1 || n.depth < 2 ||
+      n.depth > kMaxDepth)
+    throw py::value_error("the CUDA kernels take modes 0 to 3 and depths 2 to " +
+                          std::to_string(kMaxDepth));
+  for (const Data* d : {&job.data, &job.query})
+    if (d->tasks && ((d->measure == Measure::k_march && (n.in != 3 || n.out != 4)) ||
+                     (d->measure == Measure::k_project && (n.out != 1 || !d->order))))
+      throw py::value_error("rays need a network 3 -> 4, a projection one output and its order");
+}
+
+int64_t room_floats(const Job& job, int mode) {
+  accept(job, mode);
+  const Variant* variant = resident(job, mode);
+  return variant ? variant->room(job) : layered_room(job, mode);
 }
 
 void run_job(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
-  accept(job);
-  const Variant& variant = find(job.net.width, mode);
-#if !defined(FM_EMULATE)
-  int device = 0, has = 0;
-  check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&has, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
-  const bool dual = job.op == Op::k_loss_hvp || job.op == Op::k_mlp_dual ||
-                    (job.op == Op::k_maml && job.order == 2);
-  const int needs = variant.shared_bytes(static_cast<int>(job.net.depth), dual);
-  if (needs > has)
-    throw py::value_error("width " + std::to_string(job.net.width) + ", depth " +
-                          std::to_string(job.net.depth) + ": a block needs " +
-                          std::to_string(needs) + " bytes of shared memory, the device has " +
-                          std::to_string(has));
-#endif
+  accept(job, mode);
+  const Variant* variant = resident(job, mode);
   int error;
   {
     py::gil_scoped_release release;
-    error = variant.run(job, reinterpret_cast<float*>(room), reinterpret_cast<void*>(stream));
+    float* at = reinterpret_cast<float*>(room);
+    void* on = reinterpret_cast<void*>(stream);
+    error = variant ? variant->run(job, at, on) : run_layered(job, mode, at, on);
   }
   check(error, "launch");
 }
@@ -91,10 +110,9 @@ void run_alone(const C& job, int, uintptr_t room, uintptr_t stream) {
   check(error, "launch");
 }
 
-int64_t room_bytes(const Job& job, int mode) { return 4 * find(job.net.width, mode).room(job); }
 template <class C>
-int64_t room_bytes(const C& job, int) {
-  return 4 * room_of(job);
+int64_t room_floats(const C& job, int) {
+  return room_of(job);
 }
 
 }  // namespace
@@ -115,7 +133,7 @@ PYBIND11_MODULE(FM_MODULE, m) {
       c.def("run", run_alone<C>, text);
     }
     c.def(
-        "room", [](const C& job, int mode) { return room_bytes(job, mode); },
+        "room", [](const C& job, int mode) { return 4 * room_floats(job, mode); },
         "Bytes of working memory.");
   });
   py::list widths;

@@ -11,16 +11,11 @@
 // What is kept between forward and back is T before each 32 samples; all else is computed again.
 #pragma once
 
-#include <type_traits>
-
 #include "../abi.h"
 #include "../math/composite.h"
-#include "device.h"
+#include "number.h"
 
 namespace fastmeta {
-
-template <bool kDual>
-using NumberOf = std::conditional_t<kDual, Dual<float>, float>;
 
 FM_DEVICE float from_lane(float x, int lane) { return shuffle_from(x, lane); }
 FM_DEVICE Dual<float> from_lane(Dual<float> x, int lane) {
@@ -43,7 +38,7 @@ FM_HOST_DEVICE int64_t kept_of_ray(int64_t samples, bool dual) {
 // raw(i, c) and t(i) give sample i's numbers; every lane calls them for its own.
 template <bool kDual, class Raw, class Time>
 struct WarpRay {
-  using Number = NumberOf<kDual>;
+  using Number = typename NumberOf<kDual>::type;
   struct Terms {
     Number colour[3], colour_slope[3], density, density_slope, t, delta, e, alpha, f;
     float mask;

@@ -11,15 +11,10 @@
 // 64 points. Sums over tasks are a small second kernel, in the order of the tasks.
 #pragma once
 
-#include "../math/rules.h"
 #include "tile.h"
+#include "walk.h"
 
 namespace fastmeta {
-
-// Where a task's arrays lie in the room that the caller gives, in floats; size is that of a task.
-struct Room {
-  int64_t thetas, states, updates, lambda, direction, adjoints, rates, size, parameters;
-};
 
 // Worked out before the launch: it lies among the kernel's arguments and takes no registers.
 struct Plan {
@@ -28,67 +23,14 @@ struct Plan {
   float* room;  // of single passes that several blocks share: a row of P + 1 for each block
 };
 
-FM_HOST_DEVICE int64_t count_parameters(const Network& n) {
-  return n.width * (n.in + 1) + (n.depth - 2) * n.width * (n.width + 1) + n.out * (n.width + 1);
-}
-
-FM_HOST_DEVICE int states_of(const Rule& rule) {
-  return rule.kind == RuleKind::k_adam ? 2 : rule.kind == RuleKind::k_momentum ? 1 : 0;
-}
-
-FM_HOST_DEVICE Room room_of(const Job& job) {
-  const int64_t P = count_parameters(job.net), K = job.steps, states = states_of(job.rule);
-  const bool meta = job.op == Op::k_maml, loops = meta || job.op == Op::k_adapt,
-             walks = meta && job.order == 2;
-  Room r = {};
-  const auto take = [&](int64_t count) {
-    const int64_t from = r.size;
-    r.size += count;
-    return from;
-  };
-  r.thetas = take(walks ? (K + 1) * P : meta ? P : 0);
-  r.states = take(loops ? states * P * (walks && job.rule.kind == RuleKind::k_adam ? K : 1) : 0);
-  r.updates = take(meta && job.rates ? K * P : 0);
-  r.lambda = take(meta ? P : 0);
-  r.direction = take(walks ? P : 0);
-  r.adjoints = take(walks ? states * P : 0);
-  r.rates = take(meta && job.rates ? job.rates_size[0] * job.rates_size[2] : 0);
-  r.parameters = P;
-  return r;
-}
-
 template <class S>
-struct Program {
-  const Job& job;
+struct Program : Walk {
   Block<S> block;
-  const Room& at;
-  float *room, *part;
-  int64_t task, P;
-  bool walks;
+  float* part;
 
   FM_DEVICE Program(const Job& j, const Plan& plan)
-      : job(j), block(j, plan.layout), at(plan.at), task(block_x()), P(plan.at.parameters) {
-    room = plan.room + task * at.size;
+      : Walk(j, plan.at, plan.room, block_x()), block(j, plan.layout) {
     part = plan.room + (task * blocks_y() + block_y()) * (P + 1);
-    walks = job.op == Op::k_maml && job.order == 2;
-  }
-
-  FM_DEVICE const float* row(const void* rows, int64_t stride) const {
-    return static_cast<const float*>(rows) + task * stride;
-  }
-  FM_DEVICE float* theta(int64_t k) const {
-    if (job.op == Op::k_maml) return room + at.thetas + (walks ? k * P : 0);
-    if (job.thetas) return static_cast<float*>(job.thetas) + (k * job.data.tasks + task) * P;
-    return static_cast<float*>(job.theta) + task * P;
-  }
-  // State i of the rule after step k.
-  FM_DEVICE float* state(int i, int64_t k) const {
-    const bool placed = walks && job.rule.kind == RuleKind::k_adam;
-    return room + at.states + ((placed ? 2 * k : 0) + i) * P;
-  }
-  FM_DEVICE float rate(int64_t k, int64_t i) const {
-    return static_cast<const float*>(
-        job.lr)[k * job.lr_stride[0] + task * job.lr_stride[1] + i * job.lr_stride[2]];
   }
 
   // A pass of the task's loss; adjoints times the power of two nearest to the numbers of its mean.
@@ -124,19 +66,6 @@ struct Program {
 
   FM_DEVICE void copy(const float* from, float* to) const {
     for (int64_t i = block.tid; i < P; i += S::kThreads) to[i] = from[i];
-  }
-
-  // One inner step's update of parameter i.
-  FM_DEVICE void step(const RuleAt<float>& rule, int64_t k, int i, float g) const {
-    const int states = states_of(job.rule);
-    const float before = theta(k)[i];
-    float s0 = states > 0 && k ? state(0, k - 1)[i] : 0.0f;
-    float s1 = states > 1 && k ? state(1, k - 1)[i] : 0.0f;
-    const float u = rule_step(rule, before, g, s0, s1);
-    if (states > 0) state(0, k)[i] = s0;
-    if (states > 1) state(1, k)[i] = s1;
-    if (job.op == Op::k_maml && job.rates) room[at.updates + k * P + i] = u;
-    theta(k + 1)[i] = before - rate(k, i) * u;
   }
 
   // Single passes; the K passes of an inner loop; and for maml one more, of the query, which leaves
@@ -183,56 +112,31 @@ struct Program {
 
   // ā_k = −λ ⊙ u_k, summed over what the rates share, tasks excepted.
   FM_DEVICE void add_rates(int64_t k) {
-    const int64_t *size = job.rates_size, kr = size[0] > 1 ? k : 0;
-    const bool fresh = size[0] > 1 || k == job.steps - 1;
-    const float *lambda = room + at.lambda, *u = room + at.updates + k * P;
-    float* to = room + at.rates + kr * size[2];
-    if (size[2] > 1) {
-      for (int64_t i = block.tid; i < P; i += S::kThreads)
-        to[i] = (fresh ? 0.0f : to[i]) - lambda[i] * u[i];
+    if (job.rates_size[2] > 1) {
+      for (int64_t i = block.tid; i < P; i += S::kThreads) add_rate(k, i);
       return;
     }
+    const float *lambda = room + at.lambda, *u = room + at.updates + k * P;
     float sum = 0;
     for (int64_t i = block.tid; i < P; i += S::kThreads) sum = fused(lambda[i], u[i], sum);
     sum = block.block_sum(sum);
+    bool fresh;
+    float* to = rates(k, fresh);
     if (block.tid == 0) *to = (fresh ? 0.0f : *to) - sum;
   }
 
   // Dual numbers ---
 
-  // ū = −α ⊙ λ through the rule's step k: the direction ḡ of the Hessian-vector product.
-  FM_DEVICE void turn_back(int64_t k) {
-    const RuleAt<float> rule = rule_at<float>(job.rule, k);
-    const int states = states_of(job.rule);
-    const bool last = k == job.steps - 1;
-    const float* lambda = room + at.lambda;
-    float *a0 = room + at.adjoints, *a1 = a0 + P, *to = room + at.direction;
-    for (int64_t i = block.tid; i < P; i += S::kThreads) {
-      float g = 0, m = 0, v = 0, x0 = 0, x1 = 0;
-      if (states > 1) {
-        m = state(0, k)[i];
-        v = state(1, k)[i];
-        g = (m - (k ? rule.beta1 * state(0, k - 1)[i] : 0.0f)) / rule.gain1;
-      }
-      if (states > 0 && !last) x0 = a0[i];
-      if (states > 1 && !last) x1 = a1[i];
-      to[i] = rule_adjoint(rule, -rate(k, i) * lambda[i], g, m, v, x0, x1);
-      if (states > 0) a0[i] = x0;
-      if (states > 1) a1[i] = x1;
-    }
-  }
-
   // Single dual passes, and the walk back: ḡ, H ḡ, λ of one step after the other.
   FM_DEVICE void dual() {
     const bool meta = job.op == Op::k_maml, given = job.op == Op::k_mlp_dual;
-    float *lambda = room + at.lambda, *direction = room + at.direction;
+    float* direction = room + at.direction;
     float* to = blocks_y() > 1 ? part : static_cast<float*>(given ? job.grad : job.hv) + task * P;
-    const float decay =
-        job.rule.kind == RuleKind::k_momentum ? static_cast<float>(job.rule.weight_decay) : 0.0f;
     FM_UNROLL_1 for (int64_t k = meta ? job.steps - 1 : 0; k >= 0; --k) {
       if (meta) {
         if (job.rates) add_rates(k);
-        turn_back(k);
+        const RuleAt<float> rule = rule_at<float>(job.rule, k);
+        for (int64_t i = block.tid; i < P; i += S::kThreads) turn_back(rule, k, i);
         FM_MEET();  // the direction is written
       }
       Pass pass = given ? given_pass(true) : loss_pass(job.data, meta ? k : job.step, true);
@@ -244,7 +148,7 @@ struct Program {
       const float undo = 1.0f / pass.scale / pass.along;
       block.each_gradient([&](int i, float g) {
         if (meta) {
-          lambda[i] += undo * g + decay * direction[i];
+          pull(i, undo * g);
         } else {
           to[i] = undo * g;
         }

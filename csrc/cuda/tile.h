@@ -37,10 +37,9 @@
 #pragma once
 
 #include "../abi.h"
-#include "../math/activation.h"
 #include "../math/loss.h"
 #include "../math/philox.h"
-#include "product.h"
+#include "number.h"
 
 namespace fastmeta {
 
@@ -108,27 +107,6 @@ FM_HOST_DEVICE Layout layout_of(int depth, int inputs = 0, int outputs = 0) {
   return y;
 }
 
-template <bool kDual>
-struct NumberOf {
-  using type = float;
-};
-template <>
-struct NumberOf<true> {
-  using type = Dual<float>;
-};
-
-// What a gradient keeps of a product of two numbers: plain, all of it; dual, its tangent.
-FM_DEVICE float kept(float x, float y, float sum) { return fused(x, y, sum); }
-FM_DEVICE float kept(Dual<float> x, Dual<float> y, float sum) {
-  return fused(x.d, y.a, fused(x.a, y.d, sum));
-}
-FM_DEVICE float kept(float x) { return x; }
-FM_DEVICE float kept(Dual<float> x) { return x.d; }
-// sum + x y
-FM_DEVICE float plus_product(float sum, float x, float y) { return fused(x, y, sum); }
-FM_DEVICE Dual<float> plus_product(Dual<float> sum, Dual<float> x, Dual<float> y) {
-  return {fused(x.a, y.a, sum.a), kept(x, y, sum.d)};
-}
 FM_DEVICE float quad_sum_of(float x) { return quad_sum(x); }
 FM_DEVICE Dual<float> quad_sum_of(Dual<float> x) { return {quad_sum(x.a), quad_sum(x.d)}; }
 
@@ -342,11 +320,7 @@ struct Block {
       const float x = abs(p[i]);
       largest = x > largest ? x : largest;
     }
-    largest = block_max(largest);
-    if (!(largest > 0.0f)) return 1.0f;
-    const int exponent = static_cast<int>(bits_of(largest) >> 23) - 126;
-    const int clipped = exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;
-    return float_of(static_cast<uint32_t>(127 - clipped) << 23);
+    return power_of(block_max(largest));
   }
 
   // Slopes ---
@@ -421,24 +395,6 @@ struct Block {
     }
   }
 
-  // (h, φ') of one z; phase is set where φ is a sine.
-  template <Activation kKind>
-  FM_DEVICE static void bend(Number z, float w0, Number& h, Number& slope, float& phase) {
-    if constexpr (kKind == Activation::k_sine) {
-      float s, c = 0;
-      if constexpr (kMode == Mode::kFp32) {
-        sincos_polynomial(w0 * value(z), s, c);
-      } else {
-        phase = reduce_turns(w0 * value(z));
-        s = sine_of_reduced(phase);
-        if (kDual || !S::kShort) c = cosine_of_reduced(phase);
-      }
-      along_curve(sine_curve(s, c, w0), z, h, slope);
-    } else {
-      activate<kKind>(z, w0, h, slope);
-    }
-  }
-
   // h of hidden layer l from its z, written with its slopes.
   FM_DEVICE void finish_layer(int l, float (&z)[kPlanes][kN][4]) {
     const float w0 = static_cast<float>(l == 0 ? job.net.w0_first : job.net.w0);
@@ -454,7 +410,7 @@ struct Block {
           } else {
             x = z[0][j][e] + b;
           }
-          bend<kKind>(x, w0, h, first, phase);
+          bend<kMode, kDual || !S::kShort, kKind>(x, w0, h, first, phase);
           keep_slope(l, 4 * j + e, first, phase, kKind == Activation::k_sine);
           z[0][j][e] = value(h);
           if constexpr (kDual) z[1][j][e] = h.d;

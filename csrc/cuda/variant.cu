@@ -4,44 +4,13 @@
 
 #include "launch.h"
 #include "resident.h"
+#include "sums.h"
 
 namespace fastmeta {
 namespace {
 
 using Plain = Shape<static_cast<Mode>(FM_MODE), FM_WIDTH, false>;
 using Along = Shape<static_cast<Mode>(FM_MODE), FM_WIDTH, true>;
-
-// out [size] = Σ_t of from [T, stride], in the order of the tasks; split: one row for each task.
-FM_KERNEL void sum_tasks(const float* from, int64_t stride, int64_t tasks, float* out,
-                         int64_t count, int64_t inner, int64_t split) {
-  const int64_t i = static_cast<int64_t>(block_x()) * 128 + thread_index();
-  if (i >= count) return;
-  if (split > 1) {  // out [outer, T, inner]
-    const int64_t task = i / inner % tasks;
-    out[i] = from[task * stride + i / (inner * tasks) * inner + i % inner];
-    return;
-  }
-  float sum = 0;
-  for (int64_t t = 0; t < tasks; ++t) sum += from[t * stride + i];
-  out[i] = sum;
-}
-
-// out [T, count] = Σ over a task's parts of from [T, parts, stride], columns first to first + count.
-FM_KERNEL void sum_parts(const float* from, int64_t parts, int64_t stride, float* out,
-                         int64_t tasks, int64_t count, int64_t first) {
-  const int64_t i = static_cast<int64_t>(block_x()) * 128 + thread_index();
-  if (i >= tasks * count) return;
-  const float* row = from + i / count * parts * stride + first + i % count;
-  float sum = 0;
-  for (int64_t s = 0; s < parts; ++s) sum += row[s * stride];
-  out[i] = sum;
-}
-
-int sum(const float* from, int64_t stride, int64_t tasks, void* out, int64_t count, int64_t inner,
-        int64_t split, void* stream) {
-  return FM_LAUNCH(sum_tasks, (count + 127) / 128, 1, 128, 0, stream, from, stride, tasks,
-                   static_cast<float*>(out), count, inner, split);
-}
 
 template <class S>
 int launch(const Job& job, float* room, int64_t parts, void* stream) {
@@ -82,15 +51,12 @@ int single(const Job& job, void* grad, float* room, void* stream) {
   int error = launch<S>(job, room, parts, stream);
   if (error || parts == 1 || job.op == Op::k_mlp) return error;
   if (grad)
-    error = FM_LAUNCH(sum_parts, (T * P + 127) / 128, 1, 128, 0, stream, room, parts, P + 1,
-                      static_cast<float*>(grad), T, P, int64_t{0});
+    error = sum_parts(room, parts, P + 1, static_cast<float*>(grad), P, T, P, 0, false, stream);
   if (error || !job.loss) return error;
-  return FM_LAUNCH(sum_parts, (T + 127) / 128, 1, 128, 0, stream, room, parts, P + 1,
-                   static_cast<float*>(job.loss), T, int64_t{1}, P);
+  return sum_parts(room, parts, P + 1, static_cast<float*>(job.loss), 1, T, 1, P, false, stream);
 }
 
 int run(const Job& job, float* room, void* stream) {
-  const int64_t tasks = job.data.tasks;
   if (job.op == Op::k_mlp_dual) return single<Along>(job, job.grad, room, stream);
   if (job.op != Op::k_adapt && job.op != Op::k_maml) {
     const int error = single<Plain>(job, job.grad, room, stream);
@@ -102,12 +68,7 @@ int run(const Job& job, float* room, void* stream) {
   if (job.op != Op::k_maml) return 0;
   if (job.order == 2 && job.steps) error = launch<Along>(job, room, 1, stream);
   if (error) return error;
-  const Room at = room_of(job);
-  const int64_t P = count_parameters(job.net), *size = job.rates_size;
-  error = sum(room + at.lambda, at.size, tasks, job.grad, P, P, 1, stream);
-  if (error || !job.rates || !job.steps) return error;
-  return sum(room + at.rates, at.size, tasks, job.rates, size[0] * size[1] * size[2], size[2],
-             size[1], stream);
+  return leave_meta(job, room, room_of(job), stream);
 }
 
 }  // namespace
