@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import cancelling, generator, rand
+from helpers import cancelling, generator, parameters, rand
 from test_cuda import build, library, poisoned, same  # noqa: F401
 
 import fastmeta as fm
 from fastmeta import native, reference
 from fastmeta.batch import nearest_pixels
 from fastmeta.reference import Dual, value
+from fastmeta.rules import SGD, Momentum
 
 
 @pytest.fixture
@@ -255,3 +256,53 @@ def test_project(place, size, angles):
     assert ours[1][truth[1] == 0].eq(0).all()
     once = native._inverse(pixels)
     assert native._inverse(pixels) is once  # sorted once for these pixels
+
+
+# Whole losses: rays and projections of small networks, layer by layer ---
+
+NETS = {
+    "all": fm.nerf_mlp(8, 3, frequencies=4, max_exponent=3.0),
+    "jitter": fm.MLP(3, 4, 20, 3, "sine", w0=5.0),
+    "ragged": fm.nerf_mlp(20, 4, frequencies=3, max_exponent=2.0),
+    "drawn": fm.nerf_mlp(8, 4, frequencies=4, max_exponent=3.0),
+    "project": fm.siren(2, 1, 20, 3, 6.0),
+    "features": fm.fourier_mlp(2, 1, 8, 3, features=5, scale=2.0),
+}
+
+
+def whole(kind):
+    """(net, batch with a query of its own)."""
+    if kind in ("project", "features"):
+        batch, other = scans(9, 4), scans(9, 4)
+        query = fm.Batch(other.x, other.y.flip(0), measure=other.measure, loss="l1")
+    else:
+        march = fm.March(12, 1e-3, kind != "ragged", "softplus" if kind == "jitter" else "relu")
+        batch = ray_batches(march)[kind]
+        query = None if kind == "all" else ray_batches(march)["jitter"]
+    given = {q: getattr(batch, q) for q in ("measure", "loss", "per_step", "seed", "counts")}
+    return NETS[kind], fm.Batch(batch.x, batch.y, query=query, **given)
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_losses_and_inner_loops(place, kind):
+    net, batch = whole(kind)
+    wide, T, K = batch.to(torch.float64), batch.tasks, 2
+    p = parameters(net, 1).float()
+    v = rand(T, net.num_params, seed=9, low=-1).float()
+    rates = rand(K, 1, 1, seed=8, low=1e-3, high=1e-2).float()
+
+    def run(worker, dtype, data):
+        a, b, r = p.to(dtype), v.to(dtype), rates.to(dtype)
+        lr = r.expand(K, T, net.num_params)
+        out = [*worker.loss_grad(net, a, data, 3), *worker.loss_hvp(net, a, b, data, 3)]
+        out.append(worker.loss(net, a, data, 3))
+        for rule in (SGD(), Momentum(0.8)):
+            theta, losses = worker.adapt(net, a, data, lr, rule)[:2]
+            out += [theta - a, losses]
+            for order in (1, 2):
+                out += worker.maml(net, a, data, lr, rule, order=order, learned=r)
+        return out
+
+    ours = run(native.Passes("cuda", place), torch.float32, batch)
+    plain = run(reference, torch.float32, batch)
+    close(kind, ours, plain, run(reference, torch.float64, wide))
