@@ -458,7 +458,7 @@ def case(**changes):
         ({"net": fm.siren(2, 3, 64, 65)}, "depth 65 (64 at most)"),
         ({"device": "cpu"}, "device cpu (cuda only)"),
         ({"dtype": torch.float64}, "dtype torch.float64 (float32 only)"),
-        ({"op": "eikonal", "net": None}, "eikonal (not yet; mlp, loss_grad"),
+        ({"op": "eikonal", "net": None}, "eikonal (mlp, loss_grad"),
     ],
 )
 def test_objections(changes, sentence):
