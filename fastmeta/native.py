@@ -140,7 +140,7 @@ class _Cuda:
         if case.dtype != torch.float32:
             reasons.append(f"dtype {case.dtype} (float32 only)")
         if case.op not in self.ops:
-            reasons.append(f"{case.op} (not yet; {', '.join(self.ops)} so far)")
+            reasons.append(f"{case.op} ({', '.join(self.ops)} only)")
         if case.net is not None and case.net.depth > self.max_depth:
             reasons.append(f"depth {case.net.depth} ({self.max_depth} at most)")
         return reasons

@@ -3,13 +3,17 @@ pixels laid out, loss and adjoint, compositing and the projector, against float6
 
 from __future__ import annotations
 
+import re
+import subprocess
+
+import emulated
 import pytest
 import torch
 from helpers import cancelling, generator, parameters, rand
-from test_cuda import build, library, poisoned, same  # noqa: F401
+from test_cuda import NAMED, build, library, poisoned, same  # noqa: F401
 
 import fastmeta as fm
-from fastmeta import native, reference
+from fastmeta import cuda_build, native, reference
 from fastmeta.batch import nearest_pixels
 from fastmeta.reference import Dual, value
 from fastmeta.rules import SGD, Momentum
@@ -306,3 +310,77 @@ def test_losses_and_inner_loops(place, kind):
     ours = run(native.Passes("cuda", place), torch.float32, batch)
     plain = run(reference, torch.float32, batch)
     close(kind, ours, plain, run(reference, torch.float64, wide))
+
+
+# Schedules, memory and the compiler ---
+
+
+def everything(place):
+    """Calls that reach every kernel of measure.cu, rays of three times 32 samples among them."""
+    passes = native.Passes("cuda", place)
+    inputs, bars = rays(70, "relu")
+    out = [*shown(passes, fm.March(70, 1e10, False), *inputs, *bars)]
+    pixels = nearest_pixels(3.2 * rand(2, 3, seed=1), 35)
+    out.append(passes.project(rand(2, 35, 35, seed=2).float(), pixels))
+    out.append(passes.project_adjoint(rand(2, 3, 35, seed=3).float(), pixels))
+    for dual in (False, True):
+        for kind in ("ragged", "drawn"):
+            out += measured(place, fm.siren(2, 3, 32, 3), point_batches(3)[kind], 4, dual)[:3]
+            batch = ray_batches(fm.March(40))[kind]
+            out += measured(place, fm.nerf_mlp(8, 3), batch, 4, dual)[:3]
+        out += measured(place, fm.siren(2, 1, 32, 3), scans(33, 3), 0, dual)[:3]
+    return out
+
+
+def test_the_schedule_changes_no_bit(place):
+    right = everything(place)
+    assert all(torch.isfinite(q).all() for q in right)
+    for seed in (1, 2, 3):
+        place.library.schedule(seed, -1)
+        assert same(everything(place), right)
+    place.library.schedule(0, -1)
+
+
+def test_there_is_no_barrier_to_miss():
+    """No block shares memory: what crosses threads is an exchange of a warp, or another launch."""
+    for name in ("measure.cu", "ray.h"):
+        text = (emulated.CSRC / "cuda" / name).read_text()
+        assert "FM_MEET" not in text and "shared_memory()" not in text
+
+
+@pytest.mark.slow
+def test_clean_under_sanitizers(build):  # noqa: F811
+    """AddressSanitizer and UBSan, in a process of their own."""
+    code = """
+import test_cuda_measure
+for t in test_cuda_measure.everything(native.Device(library, "fp32")):
+    assert t.isfinite().all()
+"""
+    emulated.run_sanitized(build, (32, "fp32"), code)
+
+
+# Registers at most, plain and dual: eight blocks of 128 threads on a multiprocessor, six where a
+# warp walks a ray, four where it does on dual numbers.
+REGISTERS = {"rays_loss": (80, 128), "composite": (80, 128)}
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_registers_and_spills(tmp_path, arch):
+    compiler = cuda_build.nvcc()
+    if compiler is None:
+        assert not NAMED, "FASTMETA_TEST_IMPLS names cuda, and there is no nvcc"
+        pytest.skip("no nvcc")
+    command = [compiler, *cuda_build._NVCC, *cuda_build.gencode((arch,)), "-Xptxas", "-v", "-c"]
+    command += [str(emulated.CSRC / "cuda/measure.cu"), "-o", str(tmp_path / "measure.o")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(
+        r"function '(\S*)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg",
+        done.stderr,
+        re.DOTALL,
+    )
+    assert len(found) == 14, done.stderr
+    for name, stores, loads, registers in found:
+        print(f"sm_{arch} {name}: {registers}")
+        most = next((v for k, v in REGISTERS.items() if k in name), (64, 64))["Lb1E" in name]
+        assert (stores, loads) == ("0", "0") and int(registers) <= most, (name, registers)
