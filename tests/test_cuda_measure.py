@@ -190,6 +190,18 @@ def test_projections(place, size, angles, dual):
     assert torch.equal(kept[1], y) and torch.equal(kept[2], loss)
 
 
+def test_more_than_the_blocks_of_a_task(place):
+    """A task has 1024 blocks at most, of 128 points or 4 rays; then they take several in turn."""
+    N, R = 1024 * 128 + 5, 1024 * 4 + 3
+    points = fm.Batch(rand(1, N, 1, seed=1).float(), rand(1, N, 1, seed=2).float())
+    o, d, y = (rand(1, R, 3, seed=s, low=-1).float() for s in (1, 2, 3))
+    seen = fm.Batch(fm.Rays(o, d, 2.0, 6.0), y, measure=fm.March(2), seed=torch.tensor([3]))
+    for net, batch in ((fm.siren(1, 1, 32, 3), points), (fm.nerf_mlp(8, 3), seen)):
+        x, bar, loss, y = measured(place, net, batch, 4, False)
+        truth, plain = (expected(net, batch, 4, y, t) for t in (torch.float64, torch.float32))
+        close("many", (x, bar[0], loss), *([a, b, d] for a, b, _, d in (plain, truth)))
+
+
 # Compositing ---
 
 OPAQUE, EMPTY, FAINT = 6, 7, 8  # rays; the others have densities on both sides of 0
