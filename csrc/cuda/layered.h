@@ -138,39 +138,49 @@ struct Tile {
     return reinterpret_cast<Op*>(shared_memory()) + (2 * plane + which) * kSize;
   }
 
-  // Rows and columns from a place on to shared memory; column `ones` is 1 in rows that exist.
+  // Rows and columns from a place on to shared memory; column `ones` is 1 in rows that exist. Four
+  // numbers a load where all are on 16 bytes, else one: neighbours of a row to neighbouring lanes.
   template <int kTall, int kWide>
   FM_DEVICE void stage(Op* to, const float* from, int64_t ld, int row, int column, int rows,
                        int columns, int ones, float scale) const {
-    struct alignas(8) Pair {
-      float low, high;
+    const auto unaligned = reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(4 * ld);
+    if (unaligned % 16 == 0 && columns % 4 == 0) {
+      stage_by<kTall, kWide, 4>(to, from, ld, row, column, rows, columns, ones, scale);
+    } else {
+      stage_by<kTall, kWide, 1>(to, from, ld, row, column, rows, columns, ones, scale);
+    }
+  }
+  template <int kTall, int kWide, int kFew>
+  FM_DEVICE void stage_by(Op* to, const float* from, int64_t ld, int row, int column, int rows,
+                          int columns, int ones, float scale) const {
+    struct alignas(4 * kFew) Few {
+      float x[kFew];
     };
-    const bool pairs =
-        (reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(4 * ld)) % 8 == 0 &&
-        columns % 2 == 0;
-    FM_UNROLL_8 for (int i = tid; i < kTall * kWide / 2; i += kTileThreads) {
-      const int r = i / (kWide / 2), x = 2 * (i % (kWide / 2));
-      float low = 0, high = 0;
-      if (row + r < rows) {
-        const float* at = from + (row + r) * ld + column + x;
-        if (pairs) {
-          if (column + x < columns) {
-            const Pair pair = *reinterpret_cast<const Pair*>(at);
-            low = pair.low;
-            high = pair.high;
-          }
-        } else {
-          if (column + x < columns) low = at[0];
-          if (column + x + 1 < columns) high = at[1];
+    constexpr int kLanes = kWide / kFew, kStep = kTileThreads / kLanes, kTimes = kTall / kStep,
+                  kBatch = kTimes < 8 ? kTimes : 8;  // loads under way at a time
+    const int r = tid / kLanes, x = tid % kLanes * kFew;
+    const bool inside = column + x < columns;
+    const float* at = from + (row + r) * ld + column + x;
+    FM_UNROLL_1 for (int n = 0; n < kTimes; n += kBatch) {
+      Few few[kBatch];
+      FM_UNROLL for (int j = 0; j < kBatch; ++j) {
+        const bool there = row + r + (n + j) * kStep < rows;
+        few[j] = {};
+        if (there && inside) few[j] = *reinterpret_cast<const Few*>(at + (n + j) * kStep * ld);
+        FM_UNROLL for (int e = 0; e < kFew; ++e) {
+          if (kOnes && there && column + x + e == ones) few[j].x[e] = 1;
+          if (kMode == Mode::kFp16) few[j].x[e] *= scale;
         }
-        if (kOnes && column + x == ones) low = 1;
-        if (kOnes && column + x + 1 == ones) high = 1;
       }
-      if (kMode == Mode::kFp16) {
-        low *= scale;
-        high *= scale;
+      FM_UNROLL for (int j = 0; j < kBatch; ++j) {
+        Op* into = to + place<kMode, kSide>(r + (n + j) * kStep, x);
+        if constexpr (kFew == 1) {
+          store_one<kMode>(into, few[j].x[0]);
+        } else {
+          store_pair<kMode>(into, few[j].x[0], few[j].x[1]);
+          store_pair<kMode>(into + 2, few[j].x[2], few[j].x[3]);
+        }
       }
-      store_pair<kMode>(to + place<kMode, kSide>(r, x), low, high);
     }
   }
   FM_DEVICE void stage_a(int k, int last) const {
