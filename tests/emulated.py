@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -82,3 +83,30 @@ def load(path: Path) -> ModuleType:
     loader.exec_module(module)
     sys.modules.setdefault("_emulated", module)
     return module
+
+
+def run_sanitized(build, variant: tuple[int, str], code: str) -> None:
+    """Runs code, to which ``library`` is a module built with AddressSanitizer and UBSan, in
+    a process of its own."""
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += ["-fno-omit-frame-pointer", "-Wno-maybe-uninitialized", "-D_GLIBCXX_ASSERTIONS"]
+    path = build([variant], *flags)
+    before = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import emulated
+from fastmeta import native
+library = emulated.load({str(path)!r})
+"""
+    find = ["g++", "-print-file-name=libasan.so"], ["g++", "-print-file-name=libubsan.so"]
+    preload = " ".join(subprocess.check_output(f, text=True).strip() for f in find)
+    env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{before}{code}\nprint('clean')"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=CSRC.parent,
+    )
+    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]

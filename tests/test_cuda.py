@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import emulated
 import pytest
@@ -306,28 +304,16 @@ def test_every_barrier_is_needed(passes, variant):
 @pytest.mark.parametrize("variant", FAST, **NAME)
 def test_clean_under_sanitizers(build, variant):
     """AddressSanitizer and UBSan, in a process of their own."""
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags += ["-fno-omit-frame-pointer", "-Wno-maybe-uninitialized", "-D_GLIBCXX_ASSERTIONS"]
-    path = build([variant], *flags)
-    code = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import emulated, test_cuda
-from fastmeta import native
-library = emulated.load({str(path)!r})
+    emulated.run_sanitized(
+        build,
+        variant,
+        f"""
+import test_cuda
 passes = native.Passes("cuda", native.Device(library, {variant[1]!r}))
 for t in test_cuda.everything(passes, {variant[0]}):
     assert t.isfinite().all()
-print("clean")
-"""
-    find = ["g++", "-print-file-name=libasan.so"], ["g++", "-print-file-name=libubsan.so"]
-    preload = " ".join(subprocess.check_output(f, text=True).strip() for f in find)
-    env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280,
-        cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]
+""",
+    )
 
 
 def test_formats_of_the_emulator(tmp_path):
@@ -467,6 +453,7 @@ def test_objections(changes, sentence):
 
 @pytest.mark.parametrize("net", [fm.siren(2, 3, 64, 4), fm.fourier_mlp(6, 12, 100, 9)])
 def test_cases_it_takes(net):
+    assert native.cuda.objections(case(net=net)) == []
     for measure in ("none", "march", "project"):
         assert native.cuda.objections(case(net=net, measure=measure)) == []
     for op, measure in (("composite", "march"), ("project", "project")):

@@ -3,15 +3,20 @@ pixels laid out, loss and adjoint, compositing and the projector, against float6
 
 from __future__ import annotations
 
+import re
+import subprocess
+
+import emulated
 import pytest
 import torch
-from helpers import cancelling, generator, rand
-from test_cuda import build, library, poisoned, same  # noqa: F401
+from helpers import cancelling, generator, parameters, rand
+from test_cuda import NAMED, build, library, poisoned, same  # noqa: F401
 
 import fastmeta as fm
-from fastmeta import native, reference
+from fastmeta import cuda_build, native, reference
 from fastmeta.batch import nearest_pixels
 from fastmeta.reference import Dual, value
+from fastmeta.rules import SGD, Momentum
 
 
 @pytest.fixture
@@ -185,6 +190,18 @@ def test_projections(place, size, angles, dual):
     assert torch.equal(kept[1], y) and torch.equal(kept[2], loss)
 
 
+def test_more_than_the_blocks_of_a_task(place):
+    """A task has 1024 blocks at most, of 128 points or 4 rays; then they take several in turn."""
+    N, R = 1024 * 128 + 5, 1024 * 4 + 3
+    points = fm.Batch(rand(1, N, 1, seed=1).float(), rand(1, N, 1, seed=2).float())
+    o, d, y = (rand(1, R, 3, seed=s, low=-1).float() for s in (1, 2, 3))
+    seen = fm.Batch(fm.Rays(o, d, 2.0, 6.0), y, measure=fm.March(2), seed=torch.tensor([3]))
+    for net, batch in ((fm.siren(1, 1, 32, 3), points), (fm.nerf_mlp(8, 3), seen)):
+        x, bar, loss, y = measured(place, net, batch, 4, False)
+        truth, plain = (expected(net, batch, 4, y, t) for t in (torch.float64, torch.float32))
+        close("many", (x, bar[0], loss), *([a, b, d] for a, b, _, d in (plain, truth)))
+
+
 # Compositing ---
 
 OPAQUE, EMPTY, FAINT = 6, 7, 8  # rays; the others have densities on both sides of 0
@@ -255,3 +272,127 @@ def test_project(place, size, angles):
     assert ours[1][truth[1] == 0].eq(0).all()
     once = native._inverse(pixels)
     assert native._inverse(pixels) is once  # sorted once for these pixels
+
+
+# Whole losses: rays and projections of small networks, layer by layer ---
+
+NETS = {
+    "all": fm.nerf_mlp(8, 3, frequencies=4, max_exponent=3.0),
+    "jitter": fm.MLP(3, 4, 20, 3, "sine", w0=5.0),
+    "ragged": fm.nerf_mlp(20, 4, frequencies=3, max_exponent=2.0),
+    "drawn": fm.nerf_mlp(8, 4, frequencies=4, max_exponent=3.0),
+    "project": fm.siren(2, 1, 20, 3, 6.0),
+    "features": fm.fourier_mlp(2, 1, 8, 3, features=5, scale=2.0),
+}
+
+
+def whole(kind):
+    """(net, batch with a query of its own)."""
+    if kind in ("project", "features"):
+        batch, other = scans(9, 4), scans(9, 4)
+        query = fm.Batch(other.x, other.y.flip(0), measure=other.measure, loss="l1")
+    else:
+        march = fm.March(12, 1e-3, kind != "ragged", "softplus" if kind == "jitter" else "relu")
+        batch = ray_batches(march)[kind]
+        query = None if kind == "all" else ray_batches(march)["jitter"]
+    given = {q: getattr(batch, q) for q in ("measure", "loss", "per_step", "seed", "counts")}
+    return NETS[kind], fm.Batch(batch.x, batch.y, query=query, **given)
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_losses_and_inner_loops(place, kind):
+    net, batch = whole(kind)
+    wide, T, K = batch.to(torch.float64), batch.tasks, 2
+    p = parameters(net, 1).float()
+    v = rand(T, net.num_params, seed=9, low=-1).float()
+    rates = rand(K, 1, 1, seed=8, low=1e-3, high=1e-2).float()
+
+    def run(worker, dtype, data):
+        a, b, r = p.to(dtype), v.to(dtype), rates.to(dtype)
+        lr = r.expand(K, T, net.num_params)
+        out = [*worker.loss_grad(net, a, data, 3), *worker.loss_hvp(net, a, b, data, 3)]
+        out.append(worker.loss(net, a, data, 3))
+        for rule in (SGD(), Momentum(0.8)):
+            theta, losses = worker.adapt(net, a, data, lr, rule)[:2]
+            out += [theta - a, losses]
+            for order in (1, 2):
+                out += worker.maml(net, a, data, lr, rule, order=order, learned=r)
+        return out
+
+    ours = run(native.Passes("cuda", place), torch.float32, batch)
+    plain = run(reference, torch.float32, batch)
+    close(kind, ours, plain, run(reference, torch.float64, wide))
+
+
+# Schedules, memory and the compiler ---
+
+
+def everything(place):
+    """Calls that reach every kernel of measure.cu, rays of three times 32 samples among them."""
+    passes = native.Passes("cuda", place)
+    inputs, bars = rays(70, "relu")
+    out = [*shown(passes, fm.March(70, 1e10, False), *inputs, *bars)]
+    pixels = nearest_pixels(3.2 * rand(2, 3, seed=1), 35)
+    out.append(passes.project(rand(2, 35, 35, seed=2).float(), pixels))
+    out.append(passes.project_adjoint(rand(2, 3, 35, seed=3).float(), pixels))
+    for dual in (False, True):
+        for kind in ("ragged", "drawn"):
+            out += measured(place, fm.siren(2, 3, 32, 3), point_batches(3)[kind], 4, dual)[:3]
+            batch = ray_batches(fm.March(40))[kind]
+            out += measured(place, fm.nerf_mlp(8, 3), batch, 4, dual)[:3]
+        out += measured(place, fm.siren(2, 1, 32, 3), scans(33, 3), 0, dual)[:3]
+    return out
+
+
+def test_the_schedule_changes_no_bit(place):
+    right = everything(place)
+    assert all(torch.isfinite(q).all() for q in right)
+    for seed in (1, 2, 3):
+        place.library.schedule(seed, -1)
+        assert same(everything(place), right)
+    place.library.schedule(0, -1)
+
+
+def test_there_is_no_barrier_to_miss():
+    """No block shares memory: what crosses threads is an exchange of a warp, or another launch."""
+    for name in ("measure.cu", "ray.h"):
+        text = (emulated.CSRC / "cuda" / name).read_text()
+        assert "FM_MEET" not in text and "shared_memory()" not in text
+
+
+@pytest.mark.slow
+def test_clean_under_sanitizers(build):  # noqa: F811
+    """AddressSanitizer and UBSan, in a process of their own."""
+    code = """
+import test_cuda_measure
+for t in test_cuda_measure.everything(native.Device(library, "fp32")):
+    assert t.isfinite().all()
+"""
+    emulated.run_sanitized(build, (32, "fp32"), code)
+
+
+# Registers at most, plain and dual: eight blocks of 128 threads on a multiprocessor, six where a
+# warp walks a ray, four where it does on dual numbers.
+REGISTERS = {"rays_loss": (80, 128), "composite": (80, 128)}
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_registers_and_spills(tmp_path, arch):
+    compiler = cuda_build.nvcc()
+    if compiler is None:
+        assert not NAMED, "FASTMETA_TEST_IMPLS names cuda, and there is no nvcc"
+        pytest.skip("no nvcc")
+    command = [compiler, *cuda_build._NVCC, *cuda_build.gencode((arch,)), "-Xptxas", "-v", "-c"]
+    command += [str(emulated.CSRC / "cuda/measure.cu"), "-o", str(tmp_path / "measure.o")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(
+        r"function '(\S*)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg",
+        done.stderr,
+        re.DOTALL,
+    )
+    assert len(found) == 14, done.stderr
+    for name, stores, loads, registers in found:
+        print(f"sm_{arch} {name}: {registers}")
+        most = next((v for k, v in REGISTERS.items() if k in name), (64, 64))["Lb1E" in name]
+        assert (stores, loads) == ("0", "0") and int(registers) <= most, (name, registers)

@@ -3,6 +3,7 @@
 #include "../binding.h"
 
 #include <string>
+#include <type_traits>
 
 #include "launch.h"
 #include "measure.h"
@@ -73,6 +74,16 @@ void accept(const Job& job, int mode) {
       n.depth > kMaxDepth)
     throw py::value_error("the CUDA kernels take modes 0 to 3 and depths 2 to " +
                           std::to_string(kMaxDepth));
+  for (const Data* d : {&job.data, &job.query})
+    if (d->tasks && ((d->measure == Measure::k_march && (n.in != 3 || n.out != 4)) ||
+                     (d->measure == Measure::k_project && (n.out != 1 || !d->order))))
+      throw py::value_error("rays need a network 3 -> 4, a projection one output and its order");
+}
+
+int64_t room_floats(const Job& job, int mode) {
+  accept(job, mode);
+  const Variant* variant = resident(job, mode);
+  return variant ? variant->room(job) : layered_room(job, mode);
 }
 
 void run_job(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
@@ -99,14 +110,9 @@ void run_alone(const C& job, int, uintptr_t room, uintptr_t stream) {
   check(error, "launch");
 }
 
-int64_t room_bytes(const Job& job, int mode) {
-  accept(job, mode);
-  const Variant* variant = resident(job, mode);
-  return 4 * (variant ? variant->room(job) : layered_room(job, mode));
-}
 template <class C>
-int64_t room_bytes(const C& job, int) {
-  return 4 * room_of(job);
+int64_t room_floats(const C& job, int) {
+  return room_of(job);
 }
 
 }  // namespace
@@ -127,7 +133,7 @@ PYBIND11_MODULE(FM_MODULE, m) {
       c.def("run", run_alone<C>, text);
     }
     c.def(
-        "room", [](const C& job, int mode) { return room_bytes(job, mode); },
+        "room", [](const C& job, int mode) { return 4 * room_floats(job, mode); },
         "Bytes of working memory.");
   });
   py::list widths;

@@ -18,15 +18,14 @@
 // angles (fastmeta/native.py), as for the Triton worker; a counting sort in here would take the same
 // memory and sort again in every pass.
 //
-// Registers on sm_90 (ptxas 13.0, dual in brackets), no spills: lay_rows 40, lay_samples 40,
-// points_loss 62 (50), rays_loss 80 (128), sinogram_loss 64 (64), image_adjoint 40 (40), composite
-// 80 (128).
+// Registers on sm_90 (ptxas 13.0, dual in brackets), no spills: lay_rows 40, lay_samples 46,
+// points_loss 62 (50), rays_loss 63 (101), sinogram_loss 48 (40), image_adjoint 60 (40), composite
+// 48 (72), sinogram 46, sum_losses 31.
 #include <cmath>
 
 #include "../math/loss.h"
 #include "../math/philox.h"
 #include "../math/project.h"
-#include "device.h"
 #include "launch.h"
 #include "measure.h"
 #include "ray.h"
@@ -37,7 +36,10 @@ namespace {
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 template <bool kDual>
-FM_DEVICE NumberOf<kDual> read(const float* p, int64_t plane, int64_t i) {
+using Kind = typename NumberOf<kDual>::type;
+
+template <bool kDual>
+FM_DEVICE Kind<kDual> read(const float* p, int64_t plane, int64_t i) {
   if constexpr (kDual) {
     return {p[i], p[plane + i]};
   } else {
@@ -76,13 +78,14 @@ struct Share {
 
 // Samples of a ray: t_i of the ray that is the unit-th of its step.
 struct Times {
-  float near, range;
+  float near, range, part;
   int64_t samples, seed, unit, step;
   bool jitters;
 
   FM_DEVICE Times(const Data& d, int64_t task, int64_t of_step, int64_t ray)
       : near(static_cast<const float*>(d.near)[task]),
         range(static_cast<const float*>(d.far)[task] - near),
+        part(range / static_cast<float>(d.march.samples)),
         samples(d.march.samples),
         seed(d.seed ? d.seed[task] : 0),
         unit(ray),
@@ -92,9 +95,8 @@ struct Times {
   FM_DEVICE float operator()(int64_t i) const {
     const float even = near + range * (static_cast<float>(i) / static_cast<float>(samples - 1));
     if (!jitters) return even;
-    return even + range / static_cast<float>(samples) *
-                      draw_uniform(seed, static_cast<uint32_t>(unit * samples + i),
-                                   static_cast<uint32_t>(step), kJitter);
+    return even + part * draw_uniform(seed, static_cast<uint32_t>(unit * samples + i),
+                                      static_cast<uint32_t>(step), kJitter);
   }
 };
 
@@ -120,7 +122,7 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8)
   x += block_x() * share.points * 3;
   for (int64_t m = static_cast<int64_t>(block_y()) * kThreads + thread_index(); m < share.points;
        m += static_cast<int64_t>(blocks_y()) * kThreads) {
-    const int64_t ray = m / S;
+    const int64_t ray = static_cast<uint32_t>(m) / static_cast<uint32_t>(S);
     if (ray >= units) {
       for (int c = 0; c < 3; ++c) x[m * 3 + c] = 0.0f;
       continue;
@@ -145,7 +147,7 @@ template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, 8)
     points_loss(FM_CONSTANT Data d, FM_CONSTANT Share share, int outputs, bool back, int64_t plane,
                 float* y, float* parts) {
-  using Number = NumberOf<kDual>;
+  using Number = Kind<kDual>;
   const int64_t task = share.first + block_x(), units = units_of(d, task);
   const float mean = 1.0f / static_cast<float>(units * outputs), clamp = clamp_of(d);
   const float* targets = static_cast<const float*>(d.y) + task * d.points * outputs;
@@ -174,7 +176,7 @@ template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, kDual ? 4 : 6)
     rays_loss(FM_CONSTANT Data d, FM_CONSTANT Share share, bool back, int64_t plane, float* y,
               float* kept, float* parts) {
-  using Number = NumberOf<kDual>;
+  using Number = Kind<kDual>;
   const int64_t task = share.first + block_x(), units = units_of(d, task), S = d.march.samples,
                 rays = most_units(d);
   const float mean = 1.0f / static_cast<float>(units * 3), clamp = clamp_of(d);
@@ -220,9 +222,9 @@ FM_KERNEL void FM_BOUNDS(kThreads, kDual ? 4 : 6)
 
 // A column of 32 by the four lanes that have it modulo 8; the sum to each of them.
 template <bool kDual>
-FM_DEVICE NumberOf<kDual> column_sum(const float* image, int64_t plane, const int32_t* pixels,
-                                     int64_t W, int64_t c) {
-  using Number = NumberOf<kDual>;
+FM_DEVICE Kind<kDual> column_sum(const float* image, int64_t plane, const int32_t* pixels,
+                                 int64_t W, int64_t c) {
+  using Number = Kind<kDual>;
   Number sum = {};
   if (c < W)
     sum = project_column<Number>(pixels, W, c, thread_index() % 32 / 8, 4,
@@ -241,9 +243,9 @@ template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, 8)
     sinogram_loss(FM_CONSTANT Data d, FM_CONSTANT Share share, int64_t plane, const float* y,
                   int64_t bar_plane, float* bar, float* parts) {
-  using Number = NumberOf<kDual>;
-  const int64_t W = d.size, local = block_x() / d.angles, line = share.first * d.angles + block_x(),
-                c = column_of_lane();
+  using Number = Kind<kDual>;
+  const int64_t W = d.size, local = block_x() / static_cast<int>(d.angles),
+                line = share.first * d.angles + block_x(), c = column_of_lane();
   const float mean = 1.0f / static_cast<float>(d.angles * W);
   const Number sino = column_sum<kDual>(y + local * W * W, plane, d.pixels + line * W * W, W, c);
   float loss = 0;
@@ -260,9 +262,9 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8)
 
 // A pixel of 32 by a quad of lanes; sino [A, W] of its task. The sum to each of them.
 template <bool kDual>
-FM_DEVICE NumberOf<kDual> pixel_sum(const float* sino, int64_t plane, const int32_t* order,
-                                    const int32_t* starts, int64_t p, int64_t pixels) {
-  using Number = NumberOf<kDual>;
+FM_DEVICE Kind<kDual> pixel_sum(const float* sino, int64_t plane, const int32_t* order,
+                                const int32_t* starts, int64_t p, int64_t pixels) {
+  using Number = Kind<kDual>;
   Number sum = {};
   if (p < pixels)
     sum = project_pixel_adjoint<Number>(order, starts[p] + thread_index() % 4, starts[p + 1], 4,
@@ -275,11 +277,11 @@ FM_DEVICE NumberOf<kDual> pixel_sum(const float* sino, int64_t plane, const int3
 template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, 8)
     image_adjoint(const int32_t* order, const int32_t* starts, int64_t angles, int64_t W,
-                  int64_t blocks, int64_t bar_plane, const float* bar, float scale, int64_t plane,
+                  int blocks, int64_t bar_plane, const float* bar, float scale, int64_t plane,
                   float* image) {
   const int64_t task = block_x() / blocks, pixels = W * W,
-                p = block_x() % blocks * (kThreads / 4) + thread_index() / 4;
-  const NumberOf<kDual> sum =
+                p = static_cast<int64_t>(block_x() % blocks) * (kThreads / 4) + thread_index() / 4;
+  const Kind<kDual> sum =
       pixel_sum<kDual>(bar + task * angles * W, bar_plane, order + task * angles * pixels,
                        starts + task * (pixels + 1), p, pixels);
   if (p < pixels && thread_index() % 4 == 0) write(image, plane, task * pixels + p, sum * scale);
@@ -301,7 +303,7 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8)
 template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, kDual ? 4 : 6)
     composite(FM_CONSTANT CompositeJob job, float* kept) {
-  using Number = NumberOf<kDual>;
+  using Number = Kind<kDual>;
   const int64_t ray = static_cast<int64_t>(block_x()) * kWarps + thread_index() / 32,
                 S = job.march.samples;
   if (ray >= job.rays) return;
@@ -393,7 +395,7 @@ Place place_of(const Data& d, int64_t tasks, bool dual) {
 template <bool kDual>
 int launch_adjoint(const int32_t* order, const int32_t* starts, int64_t tasks, int64_t angles,
                    int64_t W, const float* bar, float scale, float* image, void* stream) {
-  const int64_t blocks = ceil_div(W * W, kThreads / 4);
+  const int blocks = static_cast<int>(ceil_div(W * W, kThreads / 4));
   return FM_LAUNCH(image_adjoint<kDual>, tasks * blocks, 1, kThreads, 0, stream, order, starts,
                    angles, W, blocks, tasks * angles * W, bar, scale, tasks * W * W, image);
 }

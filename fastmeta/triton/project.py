@@ -11,7 +11,6 @@ every run, no atomics.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
