@@ -222,7 +222,9 @@ def fma_peak(threads: int, isa: str | None = None, seconds: float = 0.3) -> floa
 
 
 @lru_cache(maxsize=256)
-def _network(library: ModuleType, net: MLP, dtype: torch.dtype) -> tuple[Any, tuple]:
+def _network(
+    library: ModuleType, net: MLP, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, tuple]:
     """The specification as a struct, and the tensors it points to."""
     n = library.Network()
     n.out, n.width, n.depth = net.out_features, net.width, net.depth
@@ -232,11 +234,11 @@ def _network(library: ModuleType, net: MLP, dtype: torch.dtype) -> tuple[Any, tu
     n.w0, n.w0_first, n.shift = net.w0, net.w0_first, net.output_shift
     if net.encoding is None:
         return n, ()
-    B, phi, D = net.encoding.B.to(dtype), net.encoding.phi.to(dtype), net.in_features
+    B, phi, D = net.encoding.B, net.encoding.phi, net.in_features
     if net.encoding.include_input:  # coordinates are features too: the first D columns
-        B, phi = torch.cat([torch.eye(D, dtype=dtype), B], 1), torch.cat([B.new_zeros(D), phi])
+        B, phi = torch.cat([torch.eye(D), B], 1), torch.cat([B.new_zeros(D), phi])
         n.identity = D
-    B, phi = B.contiguous(), phi.contiguous()
+    B, phi = B.to(device, dtype).contiguous(), phi.to(device, dtype).contiguous()
     n.encoded, n.basis, n.phase = net.encoded_features, B.data_ptr(), phi.data_ptr()
     return n, (B, phi)
 
@@ -249,7 +251,7 @@ class _Call:
         self.job = library.Job()
         self.job.op = library.OPS.index(op)
         self.job.threads = torch.get_num_threads()
-        self.job.net, tensors = _network(library, net, like.dtype)
+        self.job.net, tensors = _network(library, net, like.dtype, like.device)
         self.alive = list(tensors)
         self.like = like
 

@@ -45,33 +45,24 @@ void check(int error, const char* what) {
 #endif
 }
 
-// What the kernels do not have must not reach them.
-void accept(const Job& job) {
-  const Network& n = job.net;
-  if (n.in < 1 || n.in > 4 || n.out < 1 || n.out > 8 || n.depth < 2 || n.depth > 6 || n.encoded)
-    throw py::value_error(
-        "the CUDA kernels take 1 to 4 bare coordinates, 1 to 8 outputs, depths 2 to 6");
-  for (const Data* d : {&job.data, &job.query})
-    if (d->tasks && d->measure != Measure::k_none)
-      throw py::value_error("the CUDA kernels measure points alone");
-}
-
 void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
-  accept(job);
   const Variant& variant = find(job.net.width, mode);
-#if !defined(FM_EMULATE)
+  // What the kernels do not have must not reach them.
+  if (const char* reason = resident_objection(job, mode))
+    throw py::value_error(std::string("the CUDA kernels do not take this: ") + reason);
+  const int needs = resident_bytes(variant, job);
+#if defined(FM_EMULATE)
+  const int has = 232448;  // as of sm_90
+#else
   int device = 0, has = 0;
   check(cudaGetDevice(&device), "device");
   check(cudaDeviceGetAttribute(&has, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
-  const bool dual = job.op == Op::k_loss_hvp || job.op == Op::k_mlp_dual ||
-                    (job.op == Op::k_maml && job.order == 2);
-  const int needs = variant.shared_bytes(static_cast<int>(job.net.depth), dual);
+#endif
   if (needs > has)
     throw py::value_error("width " + std::to_string(job.net.width) + ", depth " +
                           std::to_string(job.net.depth) + ": a block needs " +
                           std::to_string(needs) + " bytes of shared memory, the device has " +
                           std::to_string(has));
-#endif
   int error;
   {
     py::gil_scoped_release release;
@@ -102,10 +93,11 @@ PYBIND11_MODULE(FM_MODULE, m) {
   m.attr("MODES") = py::make_tuple("fp32", "tf32", "fp16", "bf16");
   m.def(
       "shared_bytes",
-      [](int width, int mode, int depth, bool dual) {
-        return find(width, mode).shared_bytes(depth, dual);
+      [](int width, int mode, int depth, bool dual, int encoded, int samples) {
+        return find(width, mode).shared_bytes(depth, dual, encoded, samples);
       },
-      "Shared memory of a block, in bytes.");
+      "Shared memory of a block, in bytes.", py::arg("width"), py::arg("mode"), py::arg("depth"),
+      py::arg("dual"), py::arg("encoded") = 0, py::arg("samples") = 0);
 #if defined(FM_EMULATE)
   m.def("schedule", [](uint64_t seed, int skipped) {
     emulator::seed = seed;

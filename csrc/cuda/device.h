@@ -57,6 +57,9 @@ FM_DEVICE char* shared_memory() { return emulator::shared; }
 FM_DEVICE float shuffle_xor(float x, int mask) {
   return float_of(emulator::exchange(bits_of(x), mask));
 }
+FM_DEVICE float shuffle_from(float x, int lane) {
+  return float_of(emulator::exchange_from(bits_of(x), lane));
+}
 FM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   emulator::load_matrices(r, row, transposed);
 }
@@ -94,6 +97,8 @@ FM_DEVICE char* shared_memory() {
 #define FM_MEET() __syncthreads()
 
 FM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// The x of a lane, modulo 32.
+FM_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 // Four 8 x 8 matrices of 16-bit numbers; lane i names row i % 8 of matrix i / 8. Register m of lane
 // 4 g + t holds (g, 2t) and (g, 2t+1) of matrix m; transposed, (2t, g) and (2t+1, g).
