@@ -8,9 +8,10 @@
 // On dual numbers the same lines; the gradient keeps the tangent alone. A block of 4 warps owns 64 x
 // 64 of C (narrow: 64 x 8), a warp 16 rows of it, and goes through what is summed over in pieces of
 // 64: both operands are read from float32 rows, brought to the mode's format on the way to shared
-// memory, and multiplied there (product.h). What lies beyond the rows and columns that exist is 0,
-// so that no size needs to be a multiple of anything. C goes through shared memory once more: its
-// rows are then read and written whole, and each activation is compiled once.
+// memory, and multiplied there (product.h). Rows that the host lays out are on 16 bytes, and weights
+// are copied to such rows once a pass: four numbers a load. What lies beyond the rows and columns
+// that exist is 0, so that no size needs to be a multiple of anything. C goes through shared memory
+// once more: its rows are then read and written whole, and each activation is compiled once.
 //
 // Activations, slopes and δ are float32 in device memory; δ takes the slope's place. Kept from
 // forward to back: h and φ' of every layer; nothing is recomputed but encodings. The points of a
@@ -33,14 +34,14 @@
 // the bias's as one more column of ones.
 //
 //             KiB of shared memory (dual)   registers (dual): forward, back, gradient
-//   16 bit    18 (36)                       128 (160), 126 (158), 118 (124)
-//   tf32      34 (68)                       111 (143), 92 (128), 92 (102)
-//   fp32      34 (68)                       128 (168), 96 (128), 96 (116)
-//   narrow    34 (68)                       90 (78), 92 (84), 92 (80)
+//   16 bit    18 (36)                       128 (168), 127 (162), 127 (132)
+//   tf32      34 (68)                       116 (151), 96 (143), 96 (114)
+//   fp32      34 (68)                       128 (168), 96 (139), 96 (113)
+//   narrow    34 (68)                       89 (104), 86 (96), 92 (92)
 //
 // Registers as ptxas 13.0 reports them on sm_90; nothing spills. Dropped: the products of words
-// unrolled over a whole piece (tf32, dual, back: 700 bytes spilled); neighbours of a row as pairs to
-// one lane (twice the instructions of four a load, and of one where rows begin anywhere).
+// unrolled over a whole piece (tf32, dual, back: 700 bytes spilled); two numbers a load (twice the
+// instructions of four).
 #pragma once
 
 #include "number.h"
@@ -165,7 +166,7 @@ struct Tile {
   FM_DEVICE void stage(Op* to, const float* from, int64_t ld, int row, int column, int rows,
                        int columns, int ones, float scale) const {
     const auto unaligned = reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(4 * ld);
-    if (unaligned % 16 == 0 && columns % 4 == 0) {
+    if (unaligned % 16 == 0) {  // then a row's last four lie in the row
       stage_by<kTall, kWide, 4>(to, from, ld, row, column, rows, columns, ones, scale);
     } else {
       stage_by<kTall, kWide, 1>(to, from, ld, row, column, rows, columns, ones, scale);
@@ -189,6 +190,7 @@ struct Tile {
         few[j] = {};
         if (there && inside) few[j] = *reinterpret_cast<const Few*>(at + (n + j) * kStep * ld);
         FM_UNROLL for (int e = 0; e < kFew; ++e) {
+          if (kFew > 1 && column + x + e >= columns) few[j].x[e] = 0;
           if (kOnes && there && column + x + e == ones) few[j].x[e] = 1;
           if (kMode == Mode::kFp16) few[j].x[e] *= scale;
         }

@@ -23,7 +23,36 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
+FM_HOST_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Numbers from row to row of what the products read: 16 bytes a load.
+FM_HOST_DEVICE int64_t row_of(int64_t features) { return (features + 3) / 4 * 4; }
+
 // Small kernels ---
+
+// Where the weights of layers lie in aligned rows: those of layer l from weights_at(l) on, [out,
+// row_of(in)]; bare coordinates' are read where they are.
+FM_HOST_DEVICE int64_t weights_at(const Network& n, int64_t l) {
+  const int64_t first = n.encoded ? n.width * row_of(n.encoded) : 0;
+  if (l == 0) return 0;
+  const int64_t before = first + (least(l, n.depth - 1) - 1) * n.width * row_of(n.width);
+  return l < n.depth ? before : before + n.out * row_of(n.width);
+}
+
+// A task's weights to aligned rows: its parameters begin anywhere.
+FM_KERNEL void FM_BOUNDS(kThreads, 8)
+    align(FM_CONSTANT Network n, const float* params, int64_t stride, int64_t tasks, float* to) {
+  const int64_t size = weights_at(n, n.depth),
+                item = static_cast<int64_t>(block_x()) * kThreads + thread_index();
+  if (item >= tasks * size) return;
+  const int64_t task = item / size, i = item % size, first = weights_at(n, 1),
+                each = n.width * row_of(n.width), E = encoded_features(n);
+  const int64_t l = i < first ? 0 : least(n.depth - 1, 1 + (i - first) / each),
+                in = l ? n.width : E, row = row_of(in), o = (i - weights_at(n, l)) / row,
+                c = (i - weights_at(n, l)) % row,
+                from = l ? n.width * (E + 1) + (l - 1) * n.width * (n.width + 1) : 0;
+  to[item] = c < in ? params[task * stride + from + o * in + c] : 0.0f;
+}
 
 // h_0 of points: q in the identity columns, sin q in the others, q = x B + φ.
 template <bool kDual>
@@ -63,15 +92,16 @@ template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, 8)
     encode(FM_CONSTANT Network net, FM_CONSTANT Points x, int64_t tasks, int64_t count,
            int64_t range, float* to) {
-  const int64_t E = net.encoded, i = static_cast<int64_t>(block_x()) * kThreads + thread_index();
+  const int64_t E = net.encoded, row = row_of(E),
+                i = static_cast<int64_t>(block_x()) * kThreads + thread_index();
   if (i >= tasks * count * E) return;
   const int64_t task = i / (count * E), m = i / E % count, f = i % E;
   NumberOf<kDual> h, slope;
   const float* w = kDual ? x.at[1] + task * x.task[1] + m * net.in : nullptr;
   encode_one<kDual>(net, x.at[0] + task * x.task[0] + m * net.in, w, f, h, slope);
-  const int64_t at = (task * range + m) * E + f;
+  const int64_t at = (task * range + m) * row + f;
   to[at] = value(h);
-  if constexpr (kDual) to[tasks * range * E + at] = h.d;
+  if constexpr (kDual) to[tasks * range * row + at] = h.d;
 }
 
 // x̄ = (h_0' ⊙ h̄_0) Bᵀ of points, dual its tangent: a warp a point, its lanes features in turn.
@@ -79,7 +109,7 @@ template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, 8)
     encode_back(FM_CONSTANT Network net, FM_CONSTANT Points x, int64_t tasks, int64_t count,
                 int64_t range, const float* below, float* gx, int64_t gx_task) {
-  const int64_t E = net.encoded,
+  const int64_t E = net.encoded, row = row_of(E),
                 item = static_cast<int64_t>(block_x()) * kWarps + thread_index() / 32;
   if (item >= tasks * count) return;
   const int64_t task = item / count, m = item % count;
@@ -90,10 +120,10 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8)
     for (int64_t f = thread_index() % 32; f < E; f += 32) {
       NumberOf<kDual> h, slope;
       encode_one<kDual>(net, at, w, f, h, slope);
-      const int64_t from = (task * range + m) * E + f;
+      const int64_t from = (task * range + m) * row + f;
       float adjoint;
       if constexpr (kDual) {
-        adjoint = kept(slope, {below[from], below[tasks * range * E + from]}, 0.0f);
+        adjoint = kept(slope, {below[from], below[tasks * range * row + from]}, 0.0f);
       } else {
         adjoint = slope * below[from];
       }
@@ -218,7 +248,6 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8) rate_sums(FM_CONSTANT Job job, FM_CONSTANT
 // Sizes ---
 
 int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Blocks that share a row of numbers; they leave kWarps peaks or sums each.
@@ -228,6 +257,11 @@ bool is_given(const Job& job) {
   return job.op == Op::k_mlp || job.op == Op::k_mlp_grad || job.op == Op::k_mlp_dual;
 }
 bool loops(const Job& job) { return job.op == Op::k_adapt || job.op == Op::k_maml; }
+
+// Of tasks' weights (0) or their tangents (1): one where all share it.
+int64_t sets_of(const Job& job, int plane, int64_t tasks) {
+  return loops(job) || (plane ? job.v_stride : job.params_stride) ? tasks : 1;
+}
 
 // What is in device memory at a time: so many tasks, and points of each; part: points of which a
 // block sums a gradient.
@@ -239,14 +273,14 @@ struct Cut {
 
 // Where it lies, in floats.
 struct Buffers {
-  float *x, *y, *ends, *measure, *peaks, *peaks_tangent, *along, *features, *below, *parts,
-      *h[kMaxDepth], *slopes[kMaxDepth];
+  float *x, *y, *ends, *measure, *peaks, *peaks_tangent, *along, *weights[2], *features, *below,
+      *parts, *h[kMaxDepth], *slopes[kMaxDepth];
   int64_t size;
 };
 
 Buffers buffers_of(const Job& job, const Data& data, const Cut& cut, float* room) {
   const Network& net = job.net;
-  const int64_t T = cut.tasks, H = net.width, P = count_parameters(net);
+  const int64_t T = cut.tasks, P = count_parameters(net);
   Buffers b = {};
   const auto take = [&](int64_t count) {
     float* at = room ? room + b.size : nullptr;
@@ -263,11 +297,13 @@ Buffers buffers_of(const Job& job, const Data& data, const Cut& cut, float* room
   b.peaks = take(T * slices_of(cut.points * net.out) * kWarps);
   b.peaks_tangent = take(T * slices_of(cut.points * net.out) * kWarps);
   b.along = take(T * slices_of(P) * kWarps);
-  if (net.encoded) b.features = take(rows * net.encoded);
-  if (net.encoded && job.gx) b.below = take(rows * net.encoded);
+  for (int plane = 0; plane < cut.planes; ++plane)
+    b.weights[plane] = take(sets_of(job, plane, T) * weights_at(net, net.depth));
+  if (net.encoded) b.features = take(rows * row_of(net.encoded));
+  if (net.encoded && job.gx) b.below = take(rows * row_of(net.encoded));
   for (int64_t l = 0; l < net.depth - 1; ++l) {
-    b.h[l] = cut.back || l < 2 ? take(rows * H) : b.h[l - 2];
-    if (cut.back) b.slopes[l] = take(rows * H);
+    b.h[l] = cut.back || l < 2 ? take(rows * row_of(net.width)) : b.h[l - 2];
+    if (cut.back) b.slopes[l] = take(rows * row_of(net.width));
   }
   if (cut.back && cut.points > cut.part) b.parts = take(T * up_to(cut.range, cut.part) * P);
   return b;
@@ -499,6 +535,7 @@ class Call {
                         pass.v + first * pass.v_stride, pass.v_stride, P, x.at[1], x.task[1],
                         numbers, b.along);
     }
+    align_weights(pass);
     const bool whole = cut.range >= cut.points;
     for (int64_t start = 0; start < cut.points; start += cut.range)
       forward(pass, start, pass.back && whole, true);
@@ -538,43 +575,67 @@ class Call {
     }
   }
 
-  // Rows that the layers read and leave, of a range.
-  Rows rows_of(float* at, int64_t points, int64_t start, int64_t features, int64_t range) const {
-    const int64_t task = range * features, plane = cut.tasks * task;
-    at += start * features;
+  // Rows that the layers read and leave, of a range; row: from one to the next.
+  Rows rows_of(float* at, int64_t start, int64_t features, int64_t row, int64_t range,
+               int64_t points) const {
+    const int64_t task = range * row, plane = cut.tasks * task;
+    at += start * row;
     return {{at, dual() ? at + plane : nullptr},
             {task, task},
-            features,
+            row,
             static_cast<int>(points),
             static_cast<int>(features)};
   }
+  Rows layer_rows(float* at, int64_t features, int64_t points) const {
+    return rows_of(at, 0, features, row_of(features), cut.range, points);
+  }
+  Rows end_rows(float* at, int64_t start, int64_t points) const {
+    return rows_of(at, start, net.out, net.out, cut.points, points);
+  }
   Rows input_of(int64_t l, int64_t start) const {
     const int64_t points = count(start);
-    if (l) return rows_of(b.h[l - 1], points, 0, net.width, cut.range);
-    Rows rows = rows_of(b.features, points, 0, net.encoded, cut.range);
-    if (!net.encoded) {
-      rows = {{x.at[0] + start * net.in, x.at[1] ? x.at[1] + start * net.in : nullptr},
-              {x.task[0], x.task[1]},
-              net.in,
-              static_cast<int>(points),
-              static_cast<int>(net.in)};
+    if (l) return layer_rows(b.h[l - 1], net.width, points);
+    if (net.encoded) {
+      Rows rows = layer_rows(b.features, net.encoded, points);
+      if (!x.at[1]) rows.at[1] = nullptr;
+      return rows;
     }
-    if (!dual() || !x.at[1]) rows.at[1] = nullptr;
-    return rows;
+    return {{x.at[0] + start * net.in, dual() && x.at[1] ? x.at[1] + start * net.in : nullptr},
+            {x.task[0], x.task[1]},
+            net.in,
+            static_cast<int>(points),
+            static_cast<int>(net.in)};
   }
   Rows delta_of(int64_t l, int64_t start) const {
     const int64_t points = count(start);
-    if (l == net.depth - 1) return rows_of(b.ends, points, start, net.out, cut.points);
-    return rows_of(b.slopes[l], points, 0, net.width, cut.range);
+    return l == net.depth - 1 ? end_rows(b.ends, start, points)
+                              : layer_rows(b.slopes[l], net.width, points);
   }
-  Rows weights_of(const Pass& pass, const Layer& y) const {
-    const float *params = pass.params + first * pass.params_stride + y.weight,
-                *v = pass.v ? pass.v + first * pass.v_stride + y.weight : nullptr;
-    return {{params, v},
-            {pass.params_stride, pass.v_stride},
-            y.in,
-            static_cast<int>(y.out),
-            static_cast<int>(y.in)};
+
+  void align_weights(const Pass& pass) {
+    for (int plane = 0; plane < cut.planes && !error; ++plane) {
+      const int64_t stride = plane ? pass.v_stride : pass.params_stride,
+                    sets = sets_of(job, plane, cut.tasks), size = sets * weights_at(net, net.depth);
+      error = FM_LAUNCH(align, up_to(size, kThreads), 1, kThreads, 0, stream, net,
+                        (plane ? pass.v : pass.params) + first * stride, stride, sets,
+                        b.weights[plane]);
+    }
+  }
+  Rows weights_of(const Pass& pass, const Layer& y, int64_t l) const {
+    Rows rows = {{}, {}, y.in, static_cast<int>(y.out), static_cast<int>(y.in)};
+    const int64_t size = weights_at(net, net.depth);
+    for (int plane = 0; plane < cut.planes; ++plane) {
+      const int64_t stride = plane ? pass.v_stride : pass.params_stride;
+      if (y.bare) {
+        rows.at[plane] = (plane ? pass.v : pass.params) + first * stride;
+        rows.task[plane] = stride;
+      } else {
+        rows.at[plane] = b.weights[plane] + weights_at(net, l);
+        rows.task[plane] = sets_of(job, plane, cut.tasks) > 1 ? size : 0;
+        rows.row = row_of(y.in);
+      }
+    }
+    return rows;
   }
 
   // A product with C [rows, columns]: its tiles, and what it sums over.
@@ -617,7 +678,7 @@ class Call {
       const Layer y = layer_of(net, l);
       Product p = {};
       p.a = input_of(l, start);
-      p.b = weights_of(pass, y);
+      p.b = weights_of(pass, y, l);
       p.bias[0] = pass.params + first * pass.params_stride + y.bias;
       p.bias_task[0] = pass.params_stride;
       if (pass.v) {
@@ -637,7 +698,7 @@ class Call {
       if (y.last) {
         leave_outputs(p, start);
       } else {
-        leave_rows(p, rows_of(b.h[l], count(start), 0, net.width, cut.range));
+        leave_rows(p, layer_rows(b.h[l], net.width, count(start)));
       }
       multiply(Way::kForward, y, dual(), y.last, p, count(start), y.out, y.in, y.in);
     }
@@ -651,7 +712,7 @@ class Call {
     p.to_row = rows.row;
   }
   void leave_outputs(Product& p, int64_t start) const {
-    if (!is_given(job)) return leave_rows(p, rows_of(b.y, 0, start, net.out, cut.points));
+    if (!is_given(job)) return leave_rows(p, end_rows(b.y, start, 0));
     const int64_t task = cut.points * net.out;
     p.to_row = net.out;
     p.to_task[0] = p.to_task[1] = task;
@@ -663,7 +724,7 @@ class Call {
       const Layer y = layer_of(net, l);
       Product p = {};
       p.a = delta_of(l, start);
-      p.b = weights_of(pass, y);
+      p.b = weights_of(pass, y, l);
       const int64_t points = count(start);
       if (l) {
         const Rows to = delta_of(l - 1, start);
@@ -671,7 +732,7 @@ class Call {
         for (int i = 0; i < 2; ++i) p.slopes[i] = p.to[i];
         p.slopes_task = to.task[0];
       } else if (net.encoded) {
-        leave_rows(p, rows_of(b.below, points, 0, net.encoded, cut.range));
+        leave_rows(p, layer_rows(b.below, net.encoded, points));
       } else {
         p.to[0] = gx(start);
         p.to_task[0] = cut.points * net.in;
