@@ -49,14 +49,15 @@ class Rounded:
     def __init__(self, net, mode: str, scale=1.0, along=1.0, measure="none") -> None:
         self.net, self.mode, self.resident = net, mode, is_resident(net, measure)
         self.scale, self.along = (scale, along) if mode == "fp16" else (1.0, 1.0)
+        self.back = self.along
 
-    def operand(self, x, scale: float = 1.0):
+    def operand(self, x, scale: float = 1.0, along: float | None = None):
         """x in the operands' format, value and tangent, each with its power of two."""
         if not isinstance(x, Dual):
             return to_format(self.mode, x * scale) / scale
-        d = None
+        d, along = None, self.along if along is None else along
         if x.d is not None:
-            d = to_format(self.mode, x.d * scale * self.along) / (scale * self.along)
+            d = to_format(self.mode, x.d * scale * along) / (scale * along)
         return Dual(to_format(self.mode, x.a * scale) / scale, d)
 
     def rounds(self, layer: int) -> bool:
@@ -82,22 +83,24 @@ class Rounded:
         net, steps = self.net, []
         h, cosine = reference.encode(net, x)
         for layer, (weight, bias) in enumerate(layers):
-            last = layer == net.depth - 1
+            last, before = layer == net.depth - 1, h
             w, a = (self.operand(weight), self.operand(h)) if self.rounds(layer) else (weight, h)
             z = reference._affine(a, w, bias)
             name, w0 = (net.output, 1.0) if last else (net.activation, net.frequencies[layer])
             h, slope = reference.activation(name, z, w0)
-            steps.append((a, w, slope if last else self.kept(name, slope, z, w0)))
+            steps.append((before, weight, slope if last else self.kept(name, slope, z, w0)))
         y = h + net.output_shift
         g, gradients = adjoint(y), []
         for layer in range(net.depth - 1, -1, -1):
             a, w, slope = steps[layer]
             delta = g if slope is None else slope * g
             if layer == net.depth - 1 and not self.resident and self.mode == "fp16":
-                d = tangent(delta)
-                self.scale = power(value(delta), None if d is None else d * self.along)
+                self.scale, d = power(value(delta)), tangent(delta)
+                if d is not None and d.any():
+                    self.back = min(self.along, power(d) / self.scale)
             if self.rounds(layer):
-                delta = self.operand(delta, self.scale)
+                delta = self.operand(delta, self.scale, self.back)
+                a, w = (self.operand(q, 1.0, self.back) for q in (a, w))
             gradients.append((delta.mT @ a, delta.sum(-2)))
             g = delta @ w
         return y, gradients[::-1], reference._encode_backward(net, cosine, g)

@@ -236,6 +236,25 @@ def test_rays_and_projections(passes, mode, which, monkeypatch):
     close(which, ours, plain, looped(reference, net, wide, SGD(), rates, torch.float64), truth)
 
 
+@pytest.mark.parametrize("mode", ["fp32", "fp16"])
+def test_adjoints_that_no_16_bits_hold(passes, mode):
+    """A last interval of 1e10 behind nothing: the adjoint of a density of 1e-10 is 1e10, its tangent
+    1e20."""
+    net, batch = FIELD, rays(1, 6, 7)
+    march = fm.March(7, 1e10, density="relu")
+    batch = fm.Batch(batch.x, batch.y, measure=march)
+    p, v = parameters(net, 1).float(), rand(1, net.num_params, seed=9, low=-1).float()
+    weight, bias = net.layers(p)[-1]
+    weight[:, 3], bias[:, 3] = 0.0, 1e-10
+    v = 1e-9 * v
+    check(
+        passes, "loss_hvp", net, p, v, batch,
+        twin=lambda net, p, v, b: rounded.task_pass(net, mode, p, v, b, 0)[1:],
+    )  # fmt: skip
+    grad, hv = passes.loss_hvp(net, p, v, batch)
+    assert float(grad.abs().max()) > 1e8 and float(hv.abs().max()) > 1e8
+
+
 # Chunks of tasks, ranges of points ---
 
 

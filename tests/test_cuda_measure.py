@@ -277,7 +277,7 @@ def test_project(place, size, angles):
 # Whole losses: rays and projections of small networks, layer by layer ---
 
 NETS = {
-    "all": fm.nerf_mlp(8, 3, frequencies=4, max_exponent=3.0),
+    "all": fm.nerf_mlp(8, 3),
     "jitter": fm.MLP(3, 4, 20, 3, "sine", w0=5.0),
     "ragged": fm.nerf_mlp(20, 4, frequencies=3, max_exponent=2.0),
     "drawn": fm.nerf_mlp(8, 4, frequencies=4, max_exponent=3.0),

@@ -12,21 +12,35 @@
 // so that no size needs to be a multiple of anything. C goes through shared memory once more: its
 // rows are then read and written whole, and each activation is compiled once.
 //
-// Activations, slopes and δ are float32 in device memory; δ takes the slope's place. A point and
-// feature of a layer costs 16 bytes forward and 20 back (dual: twice) against 6 multiply-adds for
-// each feature: from width 64 on in fp32, 256 in 16 bit, the products bound it. The points of a gradient are
-// cut into parts, one a block, summed in order by a second kernel (sums.h): no atomics, one order.
+// Activations, slopes and δ are float32 in device memory; δ takes the slope's place. Kept from
+// forward to back: h and φ' of every layer; nothing is recomputed but encodings. The points of a
+// gradient are cut into parts, one a block, summed in order by a second kernel (sums.h): no atomics,
+// the same bits every run.
 //
-// fp16: operands of the way back are multiplied by the power of two that brings the largest of the
-// task's |δ_L| to [½, 1), tangents by that of the largest of |v| and |w|, and what comes out is
-// divided by them: exact, and kept out of device memory.
+// Floors on an H200, a point and feature of a layer at width H: 32 bytes of device memory, 12
+// forward and 20 back, 7.4 ps at 4.3 TB/s (dual: 64); 6 H FLOP (dual: 18), 5.7 ps in fp32 at width
+// 64, 23 at 256; 1.9 ps in 16 bit at 256. A tile of 64 x 64 takes 32 KiB from L2 for 0.5 MFLOP:
+// about 100 TFLOP/s at 6 TB/s, which bounds the 16-bit modes from width 128 on. Counted, not timed.
+//
+// fp16: operands are multiplied by powers of two on the way to shared memory, and what comes out is
+// divided by them, exactly: δ by the one that brings the largest of the task's |δ_L| to [½, 1), δ̇
+// by that of |δ̇_L| where it is smaller, as behind rays whose adjoints reach 1e20; tangents of the
+// other operand by the quotient of the two, at most, as in the forward pass, that of the largest of
+// |v| and |w|.
 //
 // Edges are fp32 whatever the mode: coordinates, the first layer of a sine network, the last layer.
 // Narrow tiles are for those of few columns, the outputs and the coordinates; their gradients take
 // the bias's as one more column of ones.
 //
-//   shared memory of a block, KiB: 16-bit 18 (dual 36), fp32 and tf32 34 (68)
-//   registers (dual), ptxas 13.0, sm_90: forward, back and gradient see test_cuda_layered.py
+//             KiB of shared memory (dual)   registers (dual): forward, back, gradient
+//   16 bit    18 (36)                       128 (160), 126 (158), 118 (124)
+//   tf32      34 (68)                       111 (143), 92 (128), 92 (102)
+//   fp32      34 (68)                       128 (168), 96 (128), 96 (116)
+//   narrow    34 (68)                       90 (78), 92 (84), 92 (80)
+//
+// Registers as ptxas 13.0 reports them on sm_90; nothing spills. Dropped: the products of words
+// unrolled over a whole piece (tf32, dual, back: 700 bytes spilled); neighbours of a row as pairs to
+// one lane (twice the instructions of four a load, and of one where rows begin anywhere).
 #pragma once
 
 #include "number.h"
@@ -69,8 +83,8 @@ struct Product {
   // gradient: where the layer's begins; in narrow tiles, which column is 1, and of which operand
   int64_t weight_at, bias_at;
   int ones;
-  bool flipped;       // C is [in, out]: A is h, B is δ
-  Peaks ends, along;  // of fp16's powers of two
+  bool flipped;                   // C is [in, out]: A is h, B is δ
+  Peaks ends, ends_along, along;  // of fp16's powers of two: |δ_L|, its tangent; |v| and |w|
 };
 
 // Products of one mode; narrow ones are fp32's alone. Returns the CUDA error.
@@ -80,14 +94,14 @@ struct Layered {
                  void* stream);
 };
 
-// The power of two of a task's peaks; all lanes of a warp call it.
-FM_DEVICE float power_at(const Peaks& peaks, int64_t task) {
+// The largest of a task's peaks; all lanes of a warp call it.
+FM_DEVICE float largest_of(const Peaks& peaks, int64_t task) {
   float largest = 0;
   for (int i = thread_index() % 32; i < peaks.count; i += 32) {
     const float x = peaks.at[task * peaks.count + i];
     largest = x > largest ? x : largest;
   }
-  return power_of(warp_max(largest));
+  return warp_max(largest);
 }
 
 template <Mode kMode, bool kDual_, Way kWay, bool kThin>
@@ -123,8 +137,15 @@ struct Tile {
     row0 = tile / p.column_tiles * kSide;
     column0 = tile % p.column_tiles * kColumns;
     if constexpr (kMode == Mode::kFp16) {
-      if (kWay != Way::kForward) up = power_at(p.ends, task);
-      if (kDual) along = power_at(p.along, task);
+      if (kDual) along = power_of(largest_of(p.along, task));
+      if constexpr (kWay != Way::kForward) {
+        up = power_of(largest_of(p.ends, task));
+        const float tangent = kDual ? largest_of(p.ends_along, task) : 0.0f;
+        if (tangent > 0) {  // up times along is to suit it too
+          const float ratio = power_of(tangent) / up;
+          along = ratio < along ? (ratio > 0x1p-100f ? ratio : 0x1p-100f) : along;
+        }
+      }
     }
     FM_UNROLL for (int i = 0; i < kLeft; ++i) {
       FM_UNROLL for (int j = 0; j < kN; ++j) {
@@ -230,7 +251,8 @@ struct Tile {
       FM_MEET();
       if (row0 + 16 * warp >= p.rows) continue;
       const int left = last - k < kSide ? last - k : kSide;
-      const int depth = kMode == Mode::kFp32 ? left : kSide;
+      // 16 bit: a constant, so that it is unrolled; words: what there is, and no spills
+      const int depth = is_short(kMode) ? kSide : left;
       if constexpr (!kDual) {
         add<kSums>(c[0], 0, 0, depth);
       } else {

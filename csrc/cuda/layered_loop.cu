@@ -9,8 +9,8 @@
 //
 // Nothing is allocated, nothing waits for the device: everything lies in the caller's room, so that
 // a CUDA graph holds a whole meta-gradient. Launches of a step: 3 a layer and about 6. The small
-// kernels here are a thread a number, 128 a block, no shared memory, no barrier, at most 40 registers
-// (encode_back 64; ptxas 13.0, sm_90).
+// kernels here are a thread a number (encode_back: a warp a point), 128 threads a block, no shared
+// memory, no barrier, 20 to 44 registers (encode_back 54, dual 59; ptxas 13.0, sm_90).
 #include <cmath>
 
 #include "launch.h"
@@ -134,13 +134,12 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8)
   leave_peak(largest, peaks);
 }
 
-// δ_L = φ'(z_L) ⊙ ȳ in the slope's place [planes, tasks, count], and the largest of it, the tangents
-// as fp16 will see them; blocks [tasks, slices].
+// δ_L = φ'(z_L) ⊙ ȳ in the slope's place [planes, tasks, count], and the largest of its values and
+// of its tangents, one for each warp; blocks [tasks, slices].
 template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, 8) turn(float* ends, FM_CONSTANT Points bar, int64_t plane,
-                                           int64_t count, Peaks along, float* peaks) {
-  const float power = kDual && along.at ? power_at(along, block_x()) : 1.0f;
-  float largest = 0;
+                                           int64_t count, float* peaks, float* peaks_tangent) {
+  float largest = 0, largest_tangent = 0;
   for (int64_t i = static_cast<int64_t>(block_y()) * kThreads + thread_index(); i < count;
        i += static_cast<int64_t>(blocks_y()) * kThreads) {
     float* at = ends + block_x() * count + i;
@@ -150,13 +149,15 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8) turn(float* ends, FM_CONSTANT Points bar, 
       const Dual<float> delta = Dual<float>{at[0], at[plane]} * Dual<float>{y, tangent};
       at[0] = delta.a;
       at[plane] = delta.d;
-      largest = larger(larger(largest, delta.a), power * delta.d);
+      largest = larger(largest, delta.a);
+      largest_tangent = larger(largest_tangent, delta.d);
     } else {
       *at *= y;
       largest = larger(largest, *at);
     }
   }
   leave_peak(largest, peaks);
+  if (kDual) leave_peak(largest_tangent, peaks_tangent);
 }
 
 // What a launch does to every parameter of every task.
@@ -239,8 +240,8 @@ struct Cut {
 
 // Where it lies, in floats.
 struct Buffers {
-  float *x, *y, *ends, *measure, *peaks, *along, *features, *below, *parts, *h[kMaxDepth],
-      *slopes[kMaxDepth];
+  float *x, *y, *ends, *measure, *peaks, *peaks_tangent, *along, *features, *below, *parts,
+      *h[kMaxDepth], *slopes[kMaxDepth];
   int64_t size;
 };
 
@@ -261,6 +262,7 @@ Buffers buffers_of(const Job& job, const Data& data, const Cut& cut, float* room
   }
   if (cut.back) b.ends = take(cut.planes * T * cut.points * net.out);
   b.peaks = take(T * slices_of(cut.points * net.out) * kWarps);
+  b.peaks_tangent = take(T * slices_of(cut.points * net.out) * kWarps);
   b.along = take(T * slices_of(P) * kWarps);
   if (net.encoded) b.features = take(rows * net.encoded);
   if (net.encoded && job.gx) b.below = take(rows * net.encoded);
@@ -517,8 +519,8 @@ class Call {
   int64_t count(int64_t start) const { return least(cut.range, cut.points - start); }
 
   Peaks along() const { return {b.along, static_cast<int>(slices_of(P) * kWarps)}; }
-  Peaks peaks() const {
-    return {b.peaks, static_cast<int>(slices_of(cut.points * net.out) * kWarps)};
+  Peaks peaks(const float* from) const {
+    return {from, static_cast<int>(slices_of(cut.points * net.out) * kWarps)};
   }
 
   void leave_ends() {
@@ -530,10 +532,10 @@ class Call {
     const int64_t slices = slices_of(numbers);
     if (dual()) {
       error = FM_LAUNCH(turn<true>, cut.tasks, slices, kThreads, 0, stream, b.ends, bar, plane,
-                        numbers, along(), b.peaks);
+                        numbers, b.peaks, b.peaks_tangent);
     } else {
       error = FM_LAUNCH(turn<false>, cut.tasks, slices, kThreads, 0, stream, b.ends, bar, plane,
-                        numbers, Peaks{nullptr, 0}, b.peaks);
+                        numbers, b.peaks, nullptr);
     }
   }
 
@@ -586,7 +588,8 @@ class Call {
     p.column_tiles = static_cast<int>(up_to(columns, narrow ? kNarrow : kSide));
     p.depth = static_cast<int>(depth);
     p.part = static_cast<int>(part);
-    p.ends = peaks();
+    p.ends = peaks(b.peaks);
+    p.ends_along = peaks(b.peaks_tangent);
     p.along = along();
     error = (y.exact ? edge : hidden)
                 .product(way, along_too, narrow, p, cut.tasks, up_to(depth, part), stream);
