@@ -208,11 +208,11 @@ def _network(
     n.w0, n.w0_first, n.shift = net.w0, net.w0_first, net.output_shift
     if net.encoding is None:
         return n, ()
-    B, phi, D = net.encoding.B.to(dtype), net.encoding.phi.to(dtype), net.in_features
+    B, phi, D = net.encoding.B, net.encoding.phi, net.in_features
     if net.encoding.include_input:  # coordinates are features too: the first D columns
-        B, phi = torch.cat([torch.eye(D, dtype=dtype), B], 1), torch.cat([B.new_zeros(D), phi])
+        B, phi = torch.cat([torch.eye(D), B], 1), torch.cat([B.new_zeros(D), phi])
         n.identity = D
-    B, phi = B.contiguous().to(device), phi.contiguous().to(device)
+    B, phi = B.to(device, dtype).contiguous(), phi.to(device, dtype).contiguous()
     n.encoded, n.basis, n.phase = net.encoded_features, B.data_ptr(), phi.data_ptr()
     return n, (B, phi)
 

@@ -58,7 +58,7 @@ NETS = {
     "silu-deep": fm.MLP(2, 2, 17, 7, "silu"),
     "coordinates": fm.MLP(9, 9, 33, 3, "softplus", output="softplus"),
     "relu-160": fm.MLP(3, 8, 160, 2, "relu", output="relu"),
-    "features": fourier(64, features=70),
+    "features": fourier(66, features=70),
     "sigmoid": fm.MLP(2, 1, 70, 3, "sigmoid", encoding=LADDER),
     "none": fm.MLP(2, 1, 65, 3, "none"),
 }
@@ -208,10 +208,10 @@ def sinogram(T, size):
     return fm.Batch(torch.cartesian_prod(u, u).float(), y, measure=fm.Project(angles))
 
 
-FIELD = fm.MLP(3, 4, 32, 4, "tanh", encoding=fm.Encoding.frequencies(3, 4, 1.0))
+FIELD = fm.MLP(3, 4, 36, 4, "tanh", encoding=fm.Encoding.frequencies(3, 4, 1.0))
 MEASURED = {
     "rays": (FIELD, rays(2, 9, 13)),
-    "bare": (fm.MLP(3, 4, 32, 3, "tanh"), rays(2, 5, 16)),
+    "bare": (fm.MLP(3, 4, 40, 3, "tanh"), rays(2, 5, 16)),
     "drawn": (FIELD, rays(2, 20, 7, per_step=6, seed=torch.tensor([3, -4]))),
     "ct": (fm.MLP(2, 1, 48, 3, encoding=LADDER), sinogram(2, 11)),
 }

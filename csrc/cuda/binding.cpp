@@ -46,23 +46,20 @@ void check(int error, const char* what) {
 #endif
 }
 
-// Whole tasks in a block each where its shared memory holds them; null: layer by layer.
+// The program that holds whole tasks in a block each, where it takes the job and a block has the
+// shared memory; null: layer by layer.
 const Variant* resident(const Job& job, int mode) {
-  const Network& n = job.net;
-  if (n.in > 4 || n.out > 8 || n.depth > 6 || n.encoded) return nullptr;
-  for (const Data* d : {&job.data, &job.query})
-    if (d->tasks && d->measure != Measure::k_none) return nullptr;
+  if (resident_objection(job, mode)) return nullptr;
   for (const Variant* v : kVariants) {
-    if (v->width != n.width || v->mode != mode) continue;
-#if !defined(FM_EMULATE)
+    if (v->width != job.net.width || v->mode != mode) continue;
+#if defined(FM_EMULATE)
+    const int has = 232448;  // as of sm_90
+#else
     int device = 0, has = 0;
     check(cudaGetDevice(&device), "device");
     check(cudaDeviceGetAttribute(&has, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
-    const bool dual = job.op == Op::k_loss_hvp || job.op == Op::k_mlp_dual ||
-                      (job.op == Op::k_maml && job.order == 2);
-    if (v->shared_bytes(static_cast<int>(n.depth), dual) > has) return nullptr;
 #endif
-    return v;
+    return resident_bytes(*v, job) <= has ? v : nullptr;
   }
   return nullptr;
 }
@@ -143,10 +140,11 @@ PYBIND11_MODULE(FM_MODULE, m) {
   m.attr("MODES") = py::make_tuple("fp32", "tf32", "fp16", "bf16");
   m.def(
       "shared_bytes",
-      [](int width, int mode, int depth, bool dual) {
-        return find(width, mode).shared_bytes(depth, dual);
+      [](int width, int mode, int depth, bool dual, int encoded, int samples) {
+        return find(width, mode).shared_bytes(depth, dual, encoded, samples);
       },
-      "Shared memory of a block, in bytes.");
+      "Shared memory of a block, in bytes.", py::arg("width"), py::arg("mode"), py::arg("depth"),
+      py::arg("dual"), py::arg("encoded") = 0, py::arg("samples") = 0);
 #if defined(FM_EMULATE)
   m.def("schedule", [](uint64_t seed, int skipped) {
     emulator::seed = seed;

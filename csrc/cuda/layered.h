@@ -116,10 +116,10 @@ struct Tile {
   static constexpr int kOperandBytes = 2 * kPlanes * kSize * int(sizeof(Operand<kMode>)),
                        kBytesC = kLeft * kSide * kRowC * 4,
                        kBytes = kOperandBytes > kBytesC ? kOperandBytes : kBytesC;
-  using Number = typename NumberOf<kDual>::type;
+  using Number = NumberOf<kDual>;
   using Op = Operand<kMode>;
   // What the epilogue meets: numbers; of a gradient, its kept part.
-  using Entry = typename NumberOf<kDual && kWay != Way::kGradient>::type;
+  using Entry = NumberOf<kDual && kWay != Way::kGradient>;
 
   const Product& p;
   int tid, warp, g, t, row0, column0, part;

@@ -28,9 +28,8 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 // h_0 of points: q in the identity columns, sin q in the others, q = x B + φ.
 template <bool kDual>
 FM_DEVICE void encode_one(const Network& net, const float* x, const float* w, int64_t f,
-                          typename NumberOf<kDual>::type& h,
-                          typename NumberOf<kDual>::type& slope) {
-  using Number = typename NumberOf<kDual>::type;
+                          NumberOf<kDual>& h, NumberOf<kDual>& slope) {
+  using Number = NumberOf<kDual>;
   const float *basis = static_cast<const float*>(net.basis) + f,
               *phase = static_cast<const float*>(net.phase);
   Number q = {};
@@ -67,7 +66,7 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8)
   const int64_t E = net.encoded, i = static_cast<int64_t>(block_x()) * kThreads + thread_index();
   if (i >= tasks * count * E) return;
   const int64_t task = i / (count * E), m = i / E % count, f = i % E;
-  typename NumberOf<kDual>::type h, slope;
+  NumberOf<kDual> h, slope;
   const float* w = kDual ? x.at[1] + task * x.task[1] + m * net.in : nullptr;
   encode_one<kDual>(net, x.at[0] + task * x.task[0] + m * net.in, w, f, h, slope);
   const int64_t at = (task * range + m) * E + f;
@@ -89,7 +88,7 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8)
   for (int64_t d = 0; d < net.in; d += 4) {
     float sum[4] = {};
     for (int64_t f = thread_index() % 32; f < E; f += 32) {
-      typename NumberOf<kDual>::type h, slope;
+      NumberOf<kDual> h, slope;
       encode_one<kDual>(net, at, w, f, h, slope);
       const int64_t from = (task * range + m) * E + f;
       float adjoint;

@@ -36,7 +36,7 @@ namespace {
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 template <bool kDual>
-using Kind = typename NumberOf<kDual>::type;
+using Kind = NumberOf<kDual>;
 
 template <bool kDual>
 FM_DEVICE Kind<kDual> read(const float* p, int64_t plane, int64_t i) {

@@ -1,19 +1,15 @@
 // Plain and dual numbers in the kernels: sums of products, and an activation at a pre-activation.
 #pragma once
 
+#include <type_traits>
+
 #include "../math/activation.h"
 #include "product.h"
 
 namespace fastmeta {
 
 template <bool kDual>
-struct NumberOf {
-  using type = float;
-};
-template <>
-struct NumberOf<true> {
-  using type = Dual<float>;
-};
+using NumberOf = std::conditional_t<kDual, Dual<float>, float>;
 
 // What a gradient keeps of a product of two numbers: plain, all of it; dual, its tangent.
 FM_DEVICE float kept(float x, float y, float sum) { return fused(x, y, sum); }

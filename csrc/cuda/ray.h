@@ -39,7 +39,7 @@ FM_HOST_DEVICE int64_t kept_of_ray(int64_t samples, bool dual) {
 // raw(i, c) and t(i) give sample i's numbers; every lane calls them for its own.
 template <bool kDual, class Raw, class Time>
 struct WarpRay {
-  using Number = typename NumberOf<kDual>::type;
+  using Number = NumberOf<kDual>;
   struct Terms {
     Number colour[3], colour_slope[3], density, density_slope, t, delta, e, alpha, f;
     float mask;

@@ -40,7 +40,7 @@ struct Program : Walk {
     pass.task = task;
     pass.step = step;
     pass.back = back;
-    if (S::kMode == Mode::kFp16) {
+    if (S::kMode == Mode::kFp16 && !block.marches(pass)) {  // rays: tile by tile
       const int64_t numbers = block.points_of(pass) * job.net.out;
       while (static_cast<float>(numbers) > 1.4142135f * pass.scale) pass.scale *= 2;
     }
