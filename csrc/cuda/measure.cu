@@ -16,7 +16,8 @@
 // The adjoint of the projector gathers: the entries (a, r, c) come sorted by pixel, 4 A W W bytes a
 // task and another 4 for each pixel, and a pixel adds its own. They are sorted once for a set of
 // angles (fastmeta/native.py), as for the Triton worker; a counting sort in here would take the same
-// memory and sort again in every pass.
+// memory and sort again in every pass. A sample of a ray is 16 bytes read forward, the same again
+// back, from the cache, and 16 written (dual: twice); a ray keeps 4 bytes for each 32 samples.
 //
 // Registers on sm_90 (ptxas 13.0, dual in brackets), no spills: lay_rows 40, lay_samples 46,
 // points_loss 62 (50), rays_loss 63 (101), sinogram_loss 48 (40), image_adjoint 60 (40), composite
