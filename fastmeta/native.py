@@ -307,19 +307,24 @@ def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-_inverses: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_inverses: WeakIdKeyDictionary = WeakIdKeyDictionary()  # pixels -> {stream: their inverse}
 
 
 def _inverse(pixels: Tensor) -> Inverse:
-    """Which entries of the sinogram each pixel went to, sorted once for a tensor of pixels."""
+    """Which entries of the sinogram each pixel went to, sorted once for a tensor of pixels and a
+    stream; a CUDA graph sorts its own, which is there when it is replayed."""
     if pixels[0].numel() >= 2**31:
         raise ValueError(
             f"project: {pixels.shape[1]} angles of {pixels.shape[2]} x {pixels.shape[3]} samples; "
-            "the cuda worker counts fewer than 2^31 of a task"
+            "the cuda worker takes fewer than 2^31 of a task"
         )
-    if pixels not in _inverses:
-        _inverses[pixels] = inverse_pixels(pixels)
-    return _inverses[pixels]
+    if pixels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return inverse_pixels(pixels)
+    stream = torch.cuda.current_stream(pixels.device).cuda_stream if pixels.is_cuda else 0
+    kept = _inverses.setdefault(pixels, {})
+    if stream not in kept:
+        kept[stream] = inverse_pixels(pixels)
+    return kept[stream]
 
 
 def _march(library: ModuleType, march: March) -> Any:

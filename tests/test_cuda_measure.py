@@ -277,7 +277,7 @@ def test_project(place, size, angles):
 # Whole losses: rays and projections of small networks, layer by layer ---
 
 NETS = {
-    "all": fm.nerf_mlp(8, 3, frequencies=4, max_exponent=3.0),
+    "all": fm.nerf_mlp(8, 3),
     "jitter": fm.MLP(3, 4, 20, 3, "sine", w0=5.0),
     "ragged": fm.nerf_mlp(20, 4, frequencies=3, max_exponent=2.0),
     "drawn": fm.nerf_mlp(8, 4, frequencies=4, max_exponent=3.0),
@@ -292,7 +292,8 @@ def whole(kind):
         batch, other = scans(9, 4), scans(9, 4)
         query = fm.Batch(other.x, other.y.flip(0), measure=other.measure, loss="l1")
     else:
-        march = fm.March(12, 1e-3, kind != "ragged", "softplus" if kind == "jitter" else "relu")
+        far, density = (1e10, "softplus") if kind == "jitter" else (1e-3, "relu")
+        march = fm.March(12, far, kind != "ragged", density)
         batch = ray_batches(march)[kind]
         query = None if kind == "all" else ray_batches(march)["jitter"]
     given = {q: getattr(batch, q) for q in ("measure", "loss", "per_step", "seed", "counts")}
@@ -322,6 +323,24 @@ def test_losses_and_inner_loops(place, kind):
     ours = run(native.Passes("cuda", place), torch.float32, batch)
     plain = run(reference, torch.float32, batch)
     close(kind, ours, plain, run(reference, torch.float64, wide))
+
+
+@pytest.mark.parametrize("kind", ["ragged", "drawn", "project"])
+def test_the_budget_changes_no_bit(place, kind):
+    """All tasks at once, task by task; parts of a task's rays and pixels."""
+    passes, (net, batch) = native.Passes("cuda", place), whole(kind)
+    T, P = batch.tasks, net.num_params
+    p, v = parameters(net, 1).float(), rand(T, P, seed=9, low=-1).float()
+    lr = torch.full((1, 1, 1), 1e-2).expand(2, T, P)
+
+    def all_of(memory):
+        out = [*passes.loss_hvp(net, p, v, batch, 3, memory)]
+        out += passes.maml(net, p, batch, lr, SGD(), order=2, max_memory=memory)[:2]
+        return out
+
+    right = all_of(None)
+    for memory in (0, 10**5):
+        assert same(all_of(memory), right)
 
 
 # Schedules, memory and the compiler ---

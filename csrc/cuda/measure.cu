@@ -16,7 +16,8 @@
 // The adjoint of the projector gathers: the entries (a, r, c) come sorted by pixel, 4 A W W bytes a
 // task and another 4 for each pixel, and a pixel adds its own. They are sorted once for a set of
 // angles (fastmeta/native.py), as for the Triton worker; a counting sort in here would take the same
-// memory and sort again in every pass.
+// memory and sort again in every pass. A sample of a ray is 16 bytes read forward, the same again
+// back, from the cache, and 16 written (dual: twice); a ray keeps 4 bytes for each 32 samples.
 //
 // Registers on sm_90 (ptxas 13.0, dual in brackets), no spills: lay_rows 40, lay_samples 46,
 // points_loss 62 (50), rays_loss 63 (101), sinogram_loss 48 (40), image_adjoint 60 (40), composite
@@ -36,10 +37,7 @@ namespace {
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 template <bool kDual>
-using Kind = NumberOf<kDual>;
-
-template <bool kDual>
-FM_DEVICE Kind<kDual> read(const float* p, int64_t plane, int64_t i) {
+FM_DEVICE NumberOf<kDual> read(const float* p, int64_t plane, int64_t i) {
   if constexpr (kDual) {
     return {p[i], p[plane + i]};
   } else {
@@ -147,7 +145,7 @@ template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, 8)
     points_loss(FM_CONSTANT Data d, FM_CONSTANT Share share, int outputs, bool back, int64_t plane,
                 float* y, float* parts) {
-  using Number = Kind<kDual>;
+  using Number = NumberOf<kDual>;
   const int64_t task = share.first + block_x(), units = units_of(d, task);
   const float mean = 1.0f / static_cast<float>(units * outputs), clamp = clamp_of(d);
   const float* targets = static_cast<const float*>(d.y) + task * d.points * outputs;
@@ -176,7 +174,7 @@ template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, kDual ? 4 : 6)
     rays_loss(FM_CONSTANT Data d, FM_CONSTANT Share share, bool back, int64_t plane, float* y,
               float* kept, float* parts) {
-  using Number = Kind<kDual>;
+  using Number = NumberOf<kDual>;
   const int64_t task = share.first + block_x(), units = units_of(d, task), S = d.march.samples,
                 rays = most_units(d);
   const float mean = 1.0f / static_cast<float>(units * 3), clamp = clamp_of(d);
@@ -222,9 +220,9 @@ FM_KERNEL void FM_BOUNDS(kThreads, kDual ? 4 : 6)
 
 // A column of 32 by the four lanes that have it modulo 8; the sum to each of them.
 template <bool kDual>
-FM_DEVICE Kind<kDual> column_sum(const float* image, int64_t plane, const int32_t* pixels,
-                                 int64_t W, int64_t c) {
-  using Number = Kind<kDual>;
+FM_DEVICE NumberOf<kDual> column_sum(const float* image, int64_t plane, const int32_t* pixels,
+                                     int64_t W, int64_t c) {
+  using Number = NumberOf<kDual>;
   Number sum = {};
   if (c < W)
     sum = project_column<Number>(pixels, W, c, thread_index() % 32 / 8, 4,
@@ -243,7 +241,7 @@ template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, 8)
     sinogram_loss(FM_CONSTANT Data d, FM_CONSTANT Share share, int64_t plane, const float* y,
                   int64_t bar_plane, float* bar, float* parts) {
-  using Number = Kind<kDual>;
+  using Number = NumberOf<kDual>;
   const int64_t W = d.size, local = block_x() / static_cast<int>(d.angles),
                 line = share.first * d.angles + block_x(), c = column_of_lane();
   const float mean = 1.0f / static_cast<float>(d.angles * W);
@@ -262,9 +260,9 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8)
 
 // A pixel of 32 by a quad of lanes; sino [A, W] of its task. The sum to each of them.
 template <bool kDual>
-FM_DEVICE Kind<kDual> pixel_sum(const float* sino, int64_t plane, const int32_t* order,
-                                const int32_t* starts, int64_t p, int64_t pixels) {
-  using Number = Kind<kDual>;
+FM_DEVICE NumberOf<kDual> pixel_sum(const float* sino, int64_t plane, const int32_t* order,
+                                    const int32_t* starts, int64_t p, int64_t pixels) {
+  using Number = NumberOf<kDual>;
   Number sum = {};
   if (p < pixels)
     sum = project_pixel_adjoint<Number>(order, starts[p] + thread_index() % 4, starts[p + 1], 4,
@@ -281,7 +279,7 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8)
                   float* image) {
   const int64_t task = block_x() / blocks, pixels = W * W,
                 p = static_cast<int64_t>(block_x() % blocks) * (kThreads / 4) + thread_index() / 4;
-  const Kind<kDual> sum =
+  const NumberOf<kDual> sum =
       pixel_sum<kDual>(bar + task * angles * W, bar_plane, order + task * angles * pixels,
                        starts + task * (pixels + 1), p, pixels);
   if (p < pixels && thread_index() % 4 == 0) write(image, plane, task * pixels + p, sum * scale);
@@ -303,7 +301,7 @@ FM_KERNEL void FM_BOUNDS(kThreads, 8)
 template <bool kDual>
 FM_KERNEL void FM_BOUNDS(kThreads, kDual ? 4 : 6)
     composite(FM_CONSTANT CompositeJob job, float* kept) {
-  using Number = Kind<kDual>;
+  using Number = NumberOf<kDual>;
   const int64_t ray = static_cast<int64_t>(block_x()) * kWarps + thread_index() / 32,
                 S = job.march.samples;
   if (ray >= job.rays) return;
