@@ -19,7 +19,6 @@ from helpers import error, parameters, rand
 from test_cuda import (  # noqa: F401
     FAST,
     NAMED,
-    RULES,
     batches,
     build,
     close,
@@ -32,7 +31,7 @@ from test_cuda import (  # noqa: F401
 
 import fastmeta as fm
 from fastmeta import cuda_build, native, reference
-from fastmeta.rules import SGD, Adam, Momentum
+from fastmeta.rules import SGD, Adam, MetaSGD, Momentum
 
 LOW = ("tf32", "fp16", "bf16")
 
@@ -140,6 +139,8 @@ def test_what_tasks_share(passes, mode, which):
 
 # Inner loops and meta-gradients ---
 
+# Adam's way back divides by |g| + ε: with a small ε one entry of g near 0 decides the error
+RULES = [SGD(), MetaSGD(), Momentum(0.8), Momentum(0.9, True, 0.01), Adam(eps=0.3)]
 LOOPED = ("fourier-40", "tanh-5", "siren-48")
 
 
@@ -170,9 +171,7 @@ def test_inner_loops_and_meta_gradients(passes, mode, rule, kind, monkeypatch):
     truth = looped(reference, net, wide, rule, rates, torch.float64)
     rounded.patched(monkeypatch, mode)
     twin = looped(reference, net, wide, rule, rates, torch.float64)
-    # Adam's way back takes g from differences of m: float32's luck, of the two workers each its own
-    times = 4 if isinstance(rule, Adam) else 2
-    close(kind, ours, plain, twin, truth, share=0.4, times=times)
+    close(kind, ours, plain, twin, truth, share=0.4)
     lr, p = rates.expand(K, T, P), parameters(net, 1).float()
     assert torch.equal(passes.adapt(net, p, batch, lr, rule)[0] - p, ours[K])
     loss, grad, rate = passes.maml(net, p, batch, lr, rule, order=2)
@@ -238,21 +237,20 @@ def test_rays_and_projections(passes, mode, which, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["fp32", "fp16"])
 def test_adjoints_that_no_16_bits_hold(passes, mode):
-    """A last interval of 1e10 behind nothing: the adjoint of a density of 1e-10 is 1e10, its tangent
-    1e20."""
+    """A last interval of 1e10 behind next to nothing: the adjoint of a density of 1e-10 is 1e10,
+    its tangent 1e20."""
     net, batch = FIELD, rays(1, 6, 7)
     march = fm.March(7, 1e10, density="relu")
     batch = fm.Batch(batch.x, batch.y, measure=march)
     p, v = parameters(net, 1).float(), rand(1, net.num_params, seed=9, low=-1).float()
     weight, bias = net.layers(p)[-1]
     weight[:, 3], bias[:, 3] = 0.0, 1e-10
-    v = 1e-9 * v
     check(
         passes, "loss_hvp", net, p, v, batch,
         twin=lambda net, p, v, b: rounded.task_pass(net, mode, p, v, b, 0)[1:],
     )  # fmt: skip
     grad, hv = passes.loss_hvp(net, p, v, batch)
-    assert float(grad.abs().max()) > 1e8 and float(hv.abs().max()) > 1e8
+    assert float(grad.abs().max()) > 1e8 and float(hv.abs().max()) > 1e18
 
 
 # Chunks of tasks, ranges of points ---
