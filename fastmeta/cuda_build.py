@@ -1,5 +1,5 @@
-"""Building the CUDA kernels: nvcc once per width and precision, side by side under ninja, linked to
-a module that needs neither torch nor a CUDA runtime library.
+"""Building the CUDA kernels: nvcc once per width and precision and once for what any of them needs,
+side by side under ninja, linked to a module that needs neither torch nor a CUDA runtime library.
 
 A build is kept in ``$XDG_CACHE_HOME/fastmeta`` (``~/.cache/fastmeta``), in a folder named after all
 that it depends on: fastmeta's version, the sources, the GPU's architecture, Python's ABI. It is
@@ -26,6 +26,7 @@ from types import ModuleType
 
 WIDTHS = (16, 32, 64)
 MODES = ("fp32", "tf32", "fp16", "bf16")
+COMMON = ("layered_loop", "measure", "sums")  # sources compiled once, whatever width and precision
 # What a wheel holds; the last one as PTX too, which newer devices compile for themselves.
 ARCHS = ("80", "86", "89", "90", "100", "120")
 
@@ -190,6 +191,11 @@ rule link
         for i, mode in enumerate(MODES):
             which = [f"-DFM_WIDTH={width}", f"-DFM_MODE={i}", f"-DFM_MODE_NAME={mode}"]
             add(f"{width}_{mode}.o", "variant.cu", [*gencode(archs), *which])
+    for i, mode in enumerate(MODES):
+        which = [f"-DFM_MODE={i}", f"-DFM_MODE_NAME={mode}"]
+        add(f"layered_{mode}.o", "layered.cu", [*gencode(archs), *which])
+    for name in COMMON:
+        add(f"{name}.o", f"{name}.cu", gencode(archs))
     add("binding.o", "binding.cpp", includes)
     return text + f"build {_path(target)}: link {' '.join(objects)}\n"
 

@@ -55,10 +55,14 @@ FM_DEVICE int block_x() { return emulator::block.x; }
 FM_DEVICE int block_y() { return emulator::block.y; }
 FM_DEVICE int blocks_y() { return emulator::grid.y; }
 FM_DEVICE char* shared_memory() { return emulator::shared; }
-// __COUNTER__ numbers the places where a block meets: the emulator can leave one out.
-#define FM_MEET() emulator::meet(__COUNTER__)
+// __COUNTER__ numbers the places where a block meets, from FM_PLACES on in each source: the emulator
+// can leave one out.
+#ifndef FM_PLACES
+#define FM_PLACES 0
+#endif
+#define FM_MEET() emulator::meet(FM_PLACES + __COUNTER__)
 // The blocks of a team meet: those of one x.
-#define FM_MEET_TEAM(cluster, arrived) meet_team(__COUNTER__, cluster, arrived)
+#define FM_MEET_TEAM(cluster, arrived) meet_team(FM_PLACES + __COUNTER__, cluster, arrived)
 // A count of arrivals is kept as on the device, where a team that is no cluster waits for it.
 inline void meet_team(int place, bool cluster, uint32_t* arrived) {
   const uint32_t blocks = static_cast<uint32_t>(blocks_y());
@@ -72,6 +76,9 @@ FM_DEVICE const float* of_rank(const float* p, int rank) { return emulator::of_r
 
 FM_DEVICE float shuffle_xor(float x, int mask) {
   return float_of(emulator::exchange(bits_of(x), mask));
+}
+FM_DEVICE float shuffle_from(float x, int lane) {
+  return float_of(emulator::exchange_from(bits_of(x), lane));
 }
 FM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   emulator::load_matrices(r, row, transposed);
@@ -147,6 +154,8 @@ FM_DEVICE const float* of_rank(const float* p, int rank) {
 }
 
 FM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// The x of a lane, modulo 32.
+FM_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 // Four 8 x 8 matrices of 16-bit numbers; lane i names row i % 8 of matrix i / 8. Register m of lane
 // 4 g + t holds (g, 2t) and (g, 2t+1) of matrix m; transposed, (2t, g) and (2t+1, g).

@@ -117,11 +117,12 @@ inline const Words (&gather(const Words& mine))[32] {
   return all;
 }
 
-inline uint32_t exchange(uint32_t x, int mask) {
+inline uint32_t exchange_from(uint32_t x, int lane) {
   Words mine = {};
   mine.w[0] = x;
-  return gather(mine)[(current % 32) ^ mask].w[0];
+  return gather(mine)[lane & 31].w[0];
 }
+inline uint32_t exchange(uint32_t x, int mask) { return exchange_from(x, current % 32 ^ mask); }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   Words mine = {};

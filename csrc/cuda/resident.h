@@ -16,15 +16,10 @@
 // which follows from the job, not from the device.
 #pragma once
 
-#include "../math/rules.h"
 #include "tile.h"
+#include "walk.h"
 
 namespace fastmeta {
-
-// Where a task's arrays lie in the room that the caller gives, in floats; size is that of a task.
-struct Room {
-  int64_t thetas, states, updates, lambda, direction, adjoints, rates, size, parameters;
-};
 
 // Worked out before the launch: it lies among the kernel's arguments and takes no registers.
 struct Plan {
@@ -33,84 +28,31 @@ struct Plan {
   float* room;        // [T, at.size]
   int shares;         // of a task's tiles
   bool cluster;       // a block a share, whose shared memory the others read
-  float* rows;        // [T, shares, P + 1], where they are not in shared memory
+  bool held;          // a block's row lies in its shared memory
+  float* rows;        // [T, shares, P + 1], where they do not
   uint32_t* arrived;  // [T, kCountStride]: blocks of a team that met, where it is no cluster
 };
 constexpr int kCountStride = 32;  // a line of 128 bytes a task
 
-FM_HOST_DEVICE int64_t count_parameters(const Network& n) {
-  return n.width * (n.in + 1) + (n.depth - 2) * n.width * (n.width + 1) + n.out * (n.width + 1);
-}
-
-FM_HOST_DEVICE int states_of(const Rule& rule) {
-  return rule.kind == RuleKind::k_adam ? 2 : rule.kind == RuleKind::k_momentum ? 1 : 0;
-}
-
-FM_HOST_DEVICE Room room_of(const Job& job) {
-  const int64_t P = count_parameters(job.net), K = job.steps, states = states_of(job.rule);
-  const bool meta = job.op == Op::k_maml, loops = meta || job.op == Op::k_adapt,
-             walks = meta && job.order == 2;
-  Room r = {};
-  const auto take = [&](int64_t count) {
-    const int64_t from = r.size;
-    r.size += count;
-    return from;
-  };
-  r.thetas = take(walks ? (K + 1) * P : meta ? P : 0);
-  r.states = take(loops ? states * P * (walks && job.rule.kind == RuleKind::k_adam ? K : 1) : 0);
-  r.updates = take(meta && job.rates ? K * P : 0);
-  r.lambda = take(meta ? P : 0);
-  r.direction = take(walks ? P : 0);
-  r.adjoints = take(walks ? states * P : 0);
-  r.rates = take(meta && job.rates ? job.rates_size[0] * job.rates_size[2] : 0);
-  r.parameters = P;
-  return r;
-}
-
 // kLoops: adapt and maml; else single passes. A kernel each: what the other needs takes no registers.
 template <class S, bool kLoops>
-struct Program {
-  const Job& job;
+struct Program : Walk {
   const Plan& plan;
   Block<S> block;
-  const Room& at;
-  const int64_t& P;
 
   FM_DEVICE Program(const Job& j, const Plan& p)
-      : job(j), plan(p), block(j, p.layout), at(p.at), P(p.at.parameters) {}
+      : Walk(j, p.at, p.room, block_x()), plan(p), block(j, p.layout) {}
 
-  // Worked out where it is asked for: over a pass it would take registers.
-  FM_DEVICE int64_t task() const { return block_x(); }
-  FM_DEVICE float* room() const { return plan.room + task() * at.size; }
   FM_DEVICE bool meta() const { return kLoops && job.op == Op::k_maml; }
-  FM_DEVICE bool walks() const { return meta() && job.order == 2; }
-
-  FM_DEVICE const float* row(const void* rows, int64_t stride) const {
-    return static_cast<const float*>(rows) + task() * stride;
-  }
-  FM_DEVICE float* theta(int64_t k) const {
-    if (meta()) return room() + at.thetas + (walks() ? k * P : 0);
-    if (job.thetas) return static_cast<float*>(job.thetas) + (k * job.data.tasks + task()) * P;
-    return static_cast<float*>(job.theta) + task() * P;
-  }
-  // State i of the rule after step k.
-  FM_DEVICE float* state(int i, int64_t k) const {
-    const bool placed = walks() && job.rule.kind == RuleKind::k_adam;
-    return room() + at.states + ((placed ? 2 * k : 0) + i) * P;
-  }
-  FM_DEVICE float rate(int64_t k, int64_t i) const {
-    return static_cast<const float*>(
-        job.lr)[k * job.lr_stride[0] + task() * job.lr_stride[1] + i * job.lr_stride[2]];
-  }
 
   // A pass of the task's loss; adjoints times the power of two nearest to the numbers of its mean.
   FM_DEVICE Pass loss_pass(const Data& data, int64_t step, bool back) const {
     Pass pass;
     pass.data = &data;
-    pass.task = task();
+    pass.task = task;
     pass.step = static_cast<uint32_t>(step);
     pass.back = back;
-    if (S::kMode == Mode::kFp16) {
+    if (S::kMode == Mode::kFp16 && !block.marches(pass)) {  // rays: tile by tile
       const int64_t numbers = block.points_of(pass) * job.net.out;
       while (static_cast<float>(numbers) > 1.4142135f * pass.scale) pass.scale *= 2;
     }
@@ -119,11 +61,11 @@ struct Program {
   FM_DEVICE Pass given_pass(bool back) {
     Pass pass;
     pass.data = &job.data;
-    pass.task = task();
+    pass.task = task;
     pass.back = back;
     const int64_t N = job.data.points;
-    if (job.y) pass.y = static_cast<float*>(job.y) + task() * N * job.net.out;
-    if (job.gx) pass.gx = static_cast<float*>(job.gx) + task() * N * job.net.in;
+    if (job.y) pass.y = static_cast<float*>(job.y) + task * N * job.net.out;
+    if (job.gx) pass.gx = static_cast<float*>(job.gx) + task * N * job.net.in;
     if (job.w) pass.w = row(job.w, job.w_stride);
     if (job.gy) {
       pass.gy = row(job.gy, N * job.net.out);
@@ -134,12 +76,11 @@ struct Program {
 
   // Teams ---
 
-  FM_DEVICE uint32_t* arrived() const { return plan.arrived + task() * kCountStride; }
+  FM_DEVICE uint32_t* arrived() const { return plan.arrived + task * kCountStride; }
 
   // Where this block leaves a share's sums, and where they are read.
-  FM_DEVICE bool held() const { return kLoops && (plan.cluster || plan.shares == 1); }
   FM_DEVICE float* row_for(int share) const {
-    return held() ? block.floats(0) : plan.rows + (task() * plan.shares + share) * (P + 1);
+    return plan.held ? block.floats(0) : plan.rows + (task * plan.shares + share) * (P + 1);
   }
   FM_DEVICE const float* row_from(int share) const {
     return plan.cluster ? of_rank(block.floats(0), share) : row_for(share);
@@ -152,8 +93,7 @@ struct Program {
       pass.shares = plan.shares;
       const float mean = block.run(pass);
       const bool wanted = !kLoops && plan.shares == 1;
-      float* to =
-          wanted ? static_cast<float*>(gradient_wanted()) + task() * P : row_for(pass.share);
+      float* to = wanted ? static_cast<float*>(gradient_wanted()) + task * P : row_for(pass.share);
       float* loss = wanted ? loss_wanted(0) : to + P;
       if (block.tid == 0 && loss && job.op != Op::k_mlp) *loss = mean;
       const float undo = 1.0f / pass.scale / pass.along;
@@ -166,7 +106,7 @@ struct Program {
   }
   FM_DEVICE float* loss_wanted(int64_t k) const {
     if (S::kDual || !job.loss) return nullptr;
-    return static_cast<float*>(job.loss) + k * job.data.tasks + task();
+    return static_cast<float*>(job.loss) + k * job.data.tasks + task;
   }
 
   // The numbers 0 to P have owners among the team's threads: f(i, part) for this thread's; where
@@ -215,19 +155,6 @@ struct Program {
     each_own([&](int i) { to[i] = from[i]; });
   }
 
-  // One inner step's update of parameter i.
-  FM_DEVICE void step(const RuleAt<float>& rule, int64_t k, int i, float g) const {
-    const int states = states_of(job.rule);
-    const float before = theta(k)[i];
-    float s0 = states > 0 && k ? state(0, k - 1)[i] : 0.0f;
-    float s1 = states > 1 && k ? state(1, k - 1)[i] : 0.0f;
-    const float u = rule_step(rule, before, g, s0, s1);
-    if (states > 0) state(0, k)[i] = s0;
-    if (states > 1) state(1, k)[i] = s1;
-    if (meta() && job.rates) room()[at.updates + k * P + i] = u;
-    theta(k + 1)[i] = before - rate(k, i) * u;
-  }
-
   // Single passes; the K passes of an inner loop; and for maml one more, of the query, which leaves
   // λ_K. One loop for all: the pass is compiled once.
   FM_DEVICE void plain() {
@@ -251,14 +178,14 @@ struct Program {
           float* loss = loss_wanted(last ? 0 : k);
           if (loss && (last || !meta())) *loss = g;
         } else if (last) {
-          room()[at.lambda + i] = g / static_cast<float>(job.data.tasks);
+          room[at.lambda + i] = g / static_cast<float>(job.data.tasks);
         } else {
           step(rule, k, i, g);
         }
       });
     }
-    if (job.thetas) copy(theta(steps), static_cast<float*>(job.theta) + task() * P);
-    if (meta() && job.rates && !walks()) {
+    if (job.thetas) copy(theta(steps), static_cast<float*>(job.theta) + task * P);
+    if (meta() && job.rates && !walks) {
       FM_MEET_TEAM(plan.cluster, arrived());                  // λ is written
       for (int64_t k = steps - 1; k >= 0; --k) add_rates(k);  // it stays what it is
     }
@@ -268,54 +195,30 @@ struct Program {
   // ā_k = −λ ⊙ u_k, summed over what the rates share, tasks excepted; over parameters by one block,
   // in an order that knows of no team.
   FM_DEVICE void add_rates(int64_t k) {
-    const int64_t *size = job.rates_size, kr = size[0] > 1 ? k : 0;
-    const bool fresh = size[0] > 1 || k == job.steps - 1;
-    const float *lambda = room() + at.lambda, *u = room() + at.updates + k * P;
-    float* to = room() + at.rates + kr * size[2];
-    if (size[2] > 1) {
-      each_own([&](int i) { to[i] = (fresh ? 0.0f : to[i]) - lambda[i] * u[i]; });
+    if (job.rates_size[2] > 1) {
+      each_own([&](int i) { add_rate(k, i); });
       return;
     }
     if (block_y() < blocks_y() - 1) return;
+    const float *lambda = room + at.lambda, *u = room + at.updates + k * P;
     float sum = 0;
     for (int64_t i = block.tid; i < P; i += S::kThreads) sum = fused(lambda[i], u[i], sum);
     sum = block.block_sum(sum);
+    bool fresh;
+    float* to = rates(k, fresh);
     if (block.tid == 0) *to = (fresh ? 0.0f : *to) - sum;
   }
 
   // Dual numbers ---
 
-  // ū = −α ⊙ λ through the rule's step k: the direction ḡ of the Hessian-vector product.
-  FM_DEVICE void turn_back(int64_t k) {
-    const RuleAt<float> rule = rule_at<float>(job.rule, k);
-    const int states = states_of(job.rule);
-    const bool last = k == job.steps - 1;
-    const float* lambda = room() + at.lambda;
-    float *a0 = room() + at.adjoints, *a1 = a0 + P, *to = room() + at.direction;
-    each_own([&](int i) {
-      float g = 0, m = 0, v = 0, x0 = 0, x1 = 0;
-      if (states > 1) {
-        m = state(0, k)[i];
-        v = state(1, k)[i];
-        g = (m - (k ? rule.beta1 * state(0, k - 1)[i] : 0.0f)) / rule.gain1;
-      }
-      if (states > 0 && !last) x0 = a0[i];
-      if (states > 1 && !last) x1 = a1[i];
-      to[i] = rule_adjoint(rule, -rate(k, i) * lambda[i], g, m, v, x0, x1);
-      if (states > 0) a0[i] = x0;
-      if (states > 1) a1[i] = x1;
-    });
-  }
-
   // Single dual passes, and the walk back: ḡ, H ḡ, λ of one step after the other.
   FM_DEVICE void dual() {
     const bool given = !kLoops && job.op == Op::k_mlp_dual;
-    float *lambda = room() + at.lambda, *direction = room() + at.direction;
-    const float decay =
-        job.rule.kind == RuleKind::k_momentum ? static_cast<float>(job.rule.weight_decay) : 0.0f;
+    const float* direction = room + at.direction;
     FM_UNROLL_1 for (int k = kLoops ? static_cast<int>(job.steps) - 1 : 0; k >= 0; --k) {
       if (kLoops) {
-        turn_back(k);
+        const RuleAt<float> rule = rule_at<float>(job.rule, k);
+        each_own([&](int i) { turn_back(rule, k, i); });
         FM_MEET_TEAM(plan.cluster, arrived());  // the direction is written, the last rows are read
         if (job.rates) add_rates(k);
       }
@@ -328,7 +231,7 @@ struct Program {
       if (!kLoops) return;
       FM_MEET_TEAM(plan.cluster, arrived());  // the rows are left
       each_sum([&](int i, float g) {
-        if (i < P) lambda[i] += g + decay * direction[i];
+        if (i < P) pull(i, g);
       });
     }
     if (plan.cluster) FM_MEET_TEAM(true, arrived());  // this block's rows are read
