@@ -388,6 +388,11 @@ def barriers() -> list[str]:
     return re.findall(r".*\bFM_MEET(?:_TEAM)?\(.*", "".join(sources))
 
 
+def is_rich(line: str) -> bool:
+    """Whether only features or rays pass this barrier."""
+    return "// features" in line or "// rays" in line
+
+
 @pytest.mark.parametrize("variant", [(32, "fp32")], **NAME)
 def test_every_barrier_is_needed(passes, variant):
     library, right = passes.place.library, {}
@@ -406,6 +411,8 @@ def test_every_barrier_is_needed(passes, variant):
     runs = [(seed, device) for device in DEVICES[:4] for seed in (0, 1, 2)]
     assert len(barriers()) >= 15
     for place, line in enumerate(barriers()):
+        if is_rich(line):  # test_cuda_rays.py takes them out
+            continue
         assert any(noticed(place, *run) for run in runs), f"not noticed that this was gone: {line}"
     assert not any(noticed(len(barriers()), *run) for run in runs)  # there are no others
 
