@@ -1,8 +1,9 @@
-"""The passes of ``fastmeta.reference`` on points, rounded where the CUDA kernels round.
+"""The passes of ``fastmeta.reference`` on points and rays, rounded where the CUDA kernels round.
 
 Float64 but for the operands of the hidden layers' products, which take the precision's format: W_l,
-h_{l-1} and δ_l of layers 2 to L−1, each times the power of two that fp16 is given. What is kept for
-the way back is rounded too: in 16-bit modes the phase of a sine to 2π/65536, other slopes to fp16.
+h_{l-1} and δ_l of layers 2 to L−1, and of layer 1 where h_0 are features, each times the power of
+two that fp16 is given: one of a pass, or along rays one of each tile. What is kept for the way back
+is rounded too: in 16-bit modes the phase of a sine to 2π/65536, other slopes to fp16.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Rounded:
     def __init__(self, net, mode: str, scale: float = 1.0, along: float = 1.0) -> None:
         self.net, self.mode = net, mode
         self.scale, self.along = (scale, along) if mode == "fp16" else (1.0, 1.0)
+        self.tiles: list[int] = []  # points of each tile that has a power of two of its own
 
     def operand(self, x, scale: float = 1.0):
         """x in the operands' format, value and tangent, each with its power of two."""
@@ -58,10 +60,13 @@ class Rounded:
 
     def run(self, layers, x, adjoint):
         """(y, gradients [(W̄, b̄)], x̄) with ``adjoint(y) -> ȳ``; numbers are tensors or Duals."""
-        net, h, steps = self.net, x, []
+        net, steps = self.net, []
+        h, cosine = reference.encode(net, x)
+        lowest = 0 if net.encoding is not None else 1  # of the products in the mode's arithmetic
         for layer, (weight, bias) in enumerate(layers):
             last = layer == net.depth - 1
-            w, a = (self.operand(weight), self.operand(h)) if layer and not last else (weight, h)
+            inner = lowest <= layer < net.depth - 1
+            w, a = (self.operand(weight), self.operand(h)) if inner else (weight, h)
             z = reference._affine(a, w, bias)
             name, w0 = (net.output, 1.0) if last else (net.activation, net.frequencies[layer])
             h, slope = reference.activation(name, z, w0)
@@ -71,11 +76,51 @@ class Rounded:
         for layer in range(net.depth - 1, -1, -1):
             a, w, slope = steps[layer]
             delta = g if slope is None else slope * g
-            if 0 < layer < net.depth - 1:
+            if layer == net.depth - 1 and self.tiles and self.mode == "fp16":
+                self.scale = self.lift(delta)
+            if lowest <= layer < net.depth - 1:
                 delta = self.operand(delta, self.scale)
             gradients.append((delta.mT @ a, delta.sum(-2)))
             g = delta @ w
-        return y, gradients[::-1], g
+        return y, gradients[::-1], reference._encode_backward(net, cosine, g)
+
+    def lift(self, delta):
+        """[1,N,1]: the powers of two that bring each tile's δ_L to [½, 1)."""
+        largest = value(delta).abs()
+        if tangent(delta) is not None:
+            largest = torch.maximum(largest, tangent(delta).abs() * self.along)
+        rows = largest.amax(-1)[0]
+        powers = [power(part) for part in rows.split(self.tiles)]
+        each = [torch.full((n,), q).double() for n, q in zip(self.tiles, powers, strict=True)]
+        return torch.cat(each)[None, :, None]
+
+
+def tile_points(net, mode: str, dual: bool) -> int:
+    """Points of a tile in the kernels that take features and rays."""
+    if net.width < 64:
+        return 32 if net.width == 32 and dual else 64
+    return 32 if mode in ("fp16", "bf16") or not dual else 16
+
+
+def tiles_of_rays(rays: int, samples: int, points: int) -> list[int]:
+    """How many samples each tile has: whole rays, or parts of one."""
+    together = points // samples
+    if together:
+        return [samples * min(together, rays - r) for r in range(0, rays, together)]
+    return [min(points, samples - s) for _ in range(rays) for s in range(0, samples, points)]
+
+
+def through_rays(march, t, adjoint):
+    """``adjoint`` of the network's outputs from that of what rays at t [1,R,S] show."""
+
+    def of_raw(y):
+        raw = reference._linear(lambda q: q.unflatten(1, t.shape[1:]), y)
+        rgb, _, acc, tape = reference.composite_forward(raw, t, march)
+        zero = torch.zeros_like(value(acc))
+        g = reference.composite_backward(tape, t, march, adjoint(rgb), zero, zero)[0]
+        return reference._linear(lambda q: q.flatten(1, 2), g)
+
+    return of_raw
 
 
 def task_pass(net, mode, params, v, batch, step):
@@ -85,24 +130,39 @@ def task_pass(net, mode, params, v, batch, step):
     for t in range(batch.tasks):
         p = params[t : t + 1] if params.shape[0] > 1 else params
         count = int(sample.valid[t].sum()) if sample.valid is not None else sample.y.shape[1]
-        x = (sample.x[t] if sample.x.shape[0] > 1 else sample.x[0])[None, :count]
         target, numbers = sample.y[t : t + 1, :count], float(sample.numbers[t])
         loss = []
+        at = None if sample.rays is None else sample.t[t : t + 1, :count]
+        if at is None:
+            x = (sample.x[t] if sample.x.shape[0] > 1 else sample.x[0])[None, :count]
+        else:
+            o, d = (
+                q[t : t + 1, :count, None] for q in (sample.rays.origins, sample.rays.directions)
+            )
+            x = (o + at[..., None] * d).flatten(1, 2)
 
-        def adjoint(y, target=target, numbers=numbers, loss=loss):
+        def shown_adjoint(y, target=target, numbers=numbers, loss=loss):
             ell, slope = reference.loss_forward(*batch.loss_parts, y, target)
             loss.append(ell.sum() / numbers)
             return slope * (1 / numbers)
 
+        adjoint = shown_adjoint if at is None else through_rays(batch.measure, at, shown_adjoint)
         # the power of two nearest to M; the kernel's own comparison, at 2^(k + 1/2)
         scale = 2.0 ** max(0, math.ceil(math.log2(numbers) - 0.5))
-        one = Rounded(net, mode, scale)
-        _, gradients, _ = one.run(reference.dual_layers(net, p, None), x, adjoint)
+
+        def worker(dual, along=1.0, scale=scale, count=count):
+            made = Rounded(net, mode, scale, along)
+            if sample.rays is not None:
+                made.scale, points = 1.0, tile_points(net, mode, dual)
+                made.tiles = tiles_of_rays(count, batch.measure.samples, points)
+            return made
+
+        _, gradients, _ = worker(False).run(reference.dual_layers(net, p, None), x, adjoint)
         rows.append(reference._flat(gradients)[0])
         losses.append(loss[0])
         if v is not None:
             d = v[t : t + 1] if v.shape[0] > 1 else v
-            two = Rounded(net, mode, scale, power(d))
+            two = worker(True, power(d))
             _, gradients, _ = two.run(reference.dual_layers(net, p, d), x, adjoint)
             products.append(reference._flat(gradients)[1])
     return torch.stack(losses), torch.cat(rows), torch.cat(products) if products else None

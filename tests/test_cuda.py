@@ -285,11 +285,18 @@ def barriers() -> list[str]:
     return [line for line in "".join(sources).splitlines() if "FM_MEET()" in line]
 
 
+def is_rich(line: str) -> bool:
+    """Whether only features or rays pass this barrier."""
+    return "// features" in line or "// rays" in line
+
+
 @pytest.mark.parametrize("variant", [(32, "fp32")], **NAME)
 def test_every_barrier_is_needed(passes, variant):
     library, right = passes.place.library, everything(passes, variant[0])
     assert len(barriers()) >= 10
     for place, line in enumerate(barriers()):
+        if is_rich(line):  # test_cuda_rays.py takes them out
+            continue
         caught = False
         for seed in (0, 1, 2):
             library.schedule(seed, place)
@@ -370,6 +377,8 @@ int main() {
 # Nothing may spill, but for twelve registers of the plain kernels of width 64 in 16 bit.
 REGISTERS = {16: (128, 168), 32: (128, 168), 64: (128, 240)}
 WIDE = {"fp32": (200, 200), "tf32": (200, 200)}
+# Of the kernels that encode and march: 3 and 2 blocks of 128 threads, at width 64 one of 256.
+RICH_REGISTERS = {16: (168, 240), 32: (168, 240), 64: (200, 255)}
 # (width, mode) -> KiB of shared memory of a block at depth 4, plain and dual
 SHARED = {
     (16, "fp32"): (43, 76), (16, "fp16"): (30, 61),
@@ -408,14 +417,20 @@ def check_registers(tmp_path, variant, arch):
         done.stderr,
         re.DOTALL,
     )
-    kernels = {("Lb1E" in name): n for name, *n in found if "resident" in name}
-    assert set(kernels) == {False, True}, done.stderr
-    for dual, (stores, loads, registers) in kernels.items():
-        print(f"{width} {mode} sm_{arch} {'dual' if dual else 'plain'}: {registers}, {stores}")
+    kernels = {
+        tuple(int(b) for b in re.search(r"Lb([01])ELb([01])E", name).groups()): n
+        for name, *n in found
+        if "resident" in name
+    }
+    assert set(kernels) == {(d, r) for d in (0, 1) for r in (0, 1)}, done.stderr
+    for (dual, rich), (stores, loads, registers) in kernels.items():
+        print(f"{width} {mode} sm_{arch} dual {dual} rich {rich}: {registers}, {stores}")
         most = WIDE[mode] if width == 64 and mode in WIDE else REGISTERS[width]
-        spilled = 48 if (width, mode in WIDE, dual) == (64, False, False) else 0
-        assert max(int(stores), int(loads)) <= spilled, (dual, stores, loads)
-        assert int(registers) <= most[dual], (dual, registers)
+        if rich:
+            most = RICH_REGISTERS[width]
+        spilled = 48 if (width, mode in WIDE, dual, rich) == (64, False, 0, 0) else 0
+        assert max(int(stores), int(loads)) <= spilled, (dual, rich, stores, loads)
+        assert int(registers) <= most[dual], (dual, rich, registers)
 
 
 @pytest.mark.slow

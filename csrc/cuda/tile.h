@@ -914,7 +914,7 @@ struct Block {
   FM_DEVICE void leave_features(const Pass& pass, float (&delta)[kPlanes][kN][4], float undo) {
     const Op *d0 = first_delta(0), *d1 = kDual ? first_delta(1) : nullptr;
     write_matrix(first_delta(0), kDual ? first_delta(1) : nullptr, delta);
-    FM_MEET();
+    FM_MEET();  // features: δ_1 is written
     FM_UNROLL_1 for (int c = 0; c < at.chunks; ++c) {
       add_weight_gradient(depth - 2 + c, d0, d1, features(c, 0), kDual ? features(c, 1) : nullptr,
                           c == 0, depth - 2, undo);
@@ -923,9 +923,9 @@ struct Block {
     FM_UNROLL_1 for (int c = 0; c < at.chunks; ++c) {
       pull_back(delta, d0, d1, depth - 2 + c);
       write_top(delta);
-      FM_MEET();
+      FM_MEET();  // features: h̄_0 is written
       leave_points_of_chunk(pass, c);
-      FM_MEET();  // top has been read
+      FM_MEET();  // features: top has been read
     }
   }
   // x̄ += (cos q ⊙ h̄_0) Bᵀ over the features of a chunk; four lanes share a point.
@@ -1004,14 +1004,14 @@ struct Block {
         FM_MEET();
         if (encodes()) {
           write_features();
-          FM_MEET();
+          FM_MEET();  // features are written
         }
         forward_hidden();
         finish_points(pass, group, mean);
         if (rays && visit == tiles - 1) {
-          FM_MEET();
+          FM_MEET();  // rays: raw is written
           composite_rays(pass, group, mean);
-          FM_MEET();
+          FM_MEET();  // rays: r̄aw is written
           if (pass.back) times_raw(group);
         }
         if (!pass.back || visit < tiles - 1) continue;
