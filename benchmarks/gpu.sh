@@ -103,7 +103,11 @@ EOF
 }
 
 warm() {
-    if [ "$IMPL" != triton ]; then echo "$IMPL has no kernels to warm"; return 77; fi
+    if [ "$IMPL" = cuda ]; then
+        if [ $DRY = 1 ]; then echo "cuda is built for a device, and there is none"; return 77; fi
+        MAX_JOBS=$JOBS limited "$1" "$PYTHON" -c "from fastmeta import native; native.cuda.library"
+        return
+    fi
     if [ $DRY = 1 ]; then
         if ! "$PYTHON" -c "import triton" 2>/dev/null; then echo "no triton"; return 77; fi
         limited "$1" "$PYTHON" benchmarks/warm.py --list

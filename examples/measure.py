@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 import fastmeta as fm
+from examples import after as with_maml
 from examples.shared import Siren, pictures
 
 HERE = Path(__file__).parent
@@ -65,16 +66,16 @@ def ways(peer: str) -> dict[str, Callable[..., dict[str, Tensor]]]:
             warnings.simplefilter("ignore")  # of the peers' own imports
             return importlib.import_module(f"examples.{peer}.{name}")
 
-    before, after = script("before"), script("after")
+    before = script("before")
     if peer == "learnit":
-        path = Path(_folder().name) / "start.pkl"
+        after, path = script("after"), Path(_folder().name) / "start.pkl"
         before.checkpoint(path)
         return {way: partial(of.main, path) for way, of in (("before", before), ("after", after))}
     made = {
         "before": before.main,
         "module": lambda *sizes: before.main(*sizes, net=module(peer)),
-        "after": after.main,
-        "least": lambda *sizes: after.main(*sizes, max_memory=0),
+        "after": with_maml.main,
+        "least": lambda *sizes: with_maml.main(*sizes, max_memory=0),
     }
     if (HERE / peer / "idiom.py").exists():
         made["idiom"] = script("idiom").main
@@ -92,9 +93,9 @@ def changed(peer: str, way: str) -> str:
     left out; of the module the two that make it."""
     if way == "module":
         return "−1 +2"
-    sides = []
-    for name in ("before", "idiom" if way == "idiom" else "after"):
-        text = (HERE / peer / f"{name}.py").read_text().split('"""', 2)[2]
+    sides, ours = [], HERE / peer / ("idiom.py" if way == "idiom" else "after.py")
+    for path in (HERE / peer / "before.py", ours if ours.exists() else HERE / "after.py"):
+        text = path.read_text().split('"""', 2)[2]
         sides.append([line for line in text.splitlines() if line.strip()])
     marks = [line[0] for line in difflib.ndiff(*sides)]
     return f"−{marks.count('-')} +{marks.count('+')}"

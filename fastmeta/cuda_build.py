@@ -26,7 +26,11 @@ from types import ModuleType
 
 WIDTHS = (16, 32, 64)
 MODES = ("fp32", "tf32", "fp16", "bf16")
-COMMON = ("measure", "sums")  # sources compiled once, whatever the width and precision
+COMMON = (
+    "layered_loop",
+    "measure",
+    "sums",
+)  # sources compiled once, whatever the width and precision
 # What a wheel holds; the last one as PTX too, which newer devices compile for themselves.
 ARCHS = ("80", "86", "89", "90", "100", "120")
 
@@ -155,6 +159,11 @@ def build(folder: Path, archs: tuple[str, ...], target: Path, objects: Path) -> 
         for width in reversed(WIDTHS)
         for i, mode in enumerate(MODES)
     ]
+    for i, mode in enumerate(MODES):
+        one = [f"-DFM_MODE={i}", f"-DFM_MODE_NAME={mode}", "-c", str(cuda / "layered.cu")]
+        commands.append(
+            [compiler, *_NVCC, *gencode(archs), *one, "-o", str(objects / f"layered_{mode}.o")]
+        )
     for name in COMMON:
         source = [str(cuda / f"{name}.cu"), "-o", str(objects / f"{name}.o")]
         commands.append([compiler, *_NVCC, *gencode(archs), "-c", *source])

@@ -75,6 +75,10 @@ class Rounding:
     net: MLP
     mode: str
     streamed: bool
+    sums: torch.dtype = torch.float64  # of products; float32 shows what its roundings tip over
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a.to(self.sums) @ b.to(self.sums)).double()
 
     @property
     def first(self) -> str:
@@ -165,7 +169,7 @@ class Rounding:
             else:
                 a, da = h
             inputs.append((a, da))
-            z = a @ W.mT
+            z = self.dot(a, W.mT)
             if i == 0 and net.encoding is None:  # product by product, in float32
                 z = torch.zeros(z.shape)
                 for d in range(net.in_features):
@@ -173,7 +177,7 @@ class Rounding:
                 z = (z + b[:, None].float()).double()
             else:
                 z = z + b[:, None]
-            dz = a @ dW.mT + da @ W.mT + db[:, None]
+            dz = self.dot(a, dW.mT) + self.dot(da, W.mT) + db[:, None]
             if i < last:
                 h, slope = self.activate(z, dz, net.frequencies[i])
                 slopes.append(slope)
@@ -208,7 +212,7 @@ class Rounding:
             g = thin if i == 0 and net.encoding is None else de
             grads[:0] = [(g[0].mT @ a).flatten(1), bias[0]]
             dgrads[:0] = [(g[1].mT @ a + g[0].mT @ da).flatten(1), bias[1]]
-            gh, dgh = de[0] @ W, de[1] @ W + de[0] @ dW
+            gh, dgh = self.dot(de[0], W), self.dot(de[1], W) + self.dot(de[0], dW)
         if net.encoding is not None:
             B = encoding_tensors(net.encoding, x.device, torch.float64)[0]
             if net.encoding.include_input:

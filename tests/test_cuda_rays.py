@@ -25,7 +25,7 @@ from test_cuda import (
 )
 
 import fastmeta as fm
-from fastmeta import reference
+from fastmeta import native, reference
 from fastmeta.rules import SGD, Adam, MetaSGD, Momentum
 
 __all__ = ["build", "library", "passes", "poisoned"]  # fixtures
@@ -50,9 +50,9 @@ def nets(width: int, mode: str) -> list[fm.MLP]:
         fm.MLP(4, 1, width, 3, "softplus", output="tanh", encoding=uneven(4, 9)),
         fm.MLP(3, 5, width, 3, "none", encoding=uneven(3, 120)),
     ]
-    if mode == "fp32":
-        made.append(fm.MLP(2, 3, width, 4, "sine", w0=5.0, w0_first=1.0, encoding=ladder(2, 4)))
-    return made
+    sine = {"activation": "sine", "w0": 5.0, "w0_first": 1.0}  # on features float32 alone
+    last = sine if mode == "fp32" else {"activation": "silu"}
+    return [*made, fm.MLP(2, 3, width, 4, encoding=ladder(2, 4), **last)]
 
 
 @pytest.fixture
@@ -80,8 +80,6 @@ def task_pass(mode, part):
 @pytest.mark.parametrize("which", range(6))
 def test_single_passes_on_features(compared, variant, which):
     width, mode = variant
-    if which >= len(nets(width, mode)):
-        pytest.skip("sines on features are float32's")
     net, points = nets(width, mode)[which], 70 if which < 2 else 17
     p, v = parameters(net, 1).float(), rand(1, net.num_params, seed=9, low=-1).float()
     x, w = (rand(1, points, net.in_features, seed=s, low=-1).float() for s in (1, 7))
@@ -145,6 +143,8 @@ def test_losses_of_rays(passes, compared, variant, which):
 # Inner loops and meta-gradients ---
 
 RULES = [SGD(), MetaSGD(), Momentum(0.9, True, 0.01), Adam(eps=1e-3)]
+LOOPS = [("drawn", rule) for rule in RULES]
+LOOPS += [(k, rule) for k in ("query", "points", "features") for rule in (SGD(), RULES[-1])]
 
 
 def tasks(net) -> dict[str, fm.Batch]:
@@ -161,11 +161,8 @@ def tasks(net) -> dict[str, fm.Batch]:
 
 
 @pytest.mark.parametrize("variant", EVERY, **NAME)
-@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
-@pytest.mark.parametrize("kind", ["drawn", "query", "points", "features"])
+@pytest.mark.parametrize(("kind", "rule"), LOOPS, ids=lambda q: getattr(q, "name", q))
 def test_inner_loops_and_meta_gradients(passes, variant, rule, kind, monkeypatch):
-    if kind != "drawn" and rule not in (SGD(), RULES[-1]):
-        pytest.skip("each kind of batch with two rules")
     mode, K = variant[1], 2
     net = fm.MLP(3, 4, variant[0], 3, "softplus", encoding=ladder(3, 4, True))
     batch = tasks(net)[kind]
@@ -239,31 +236,26 @@ def test_every_barrier_of_features_and_rays_is_needed(passes, variant):
         assert caught, f"nothing noticed that this barrier was gone: {barriers()[place]}"
 
 
-# What is refused ---
+# What the resident program takes ---
+
+
+def is_resident(passes, net, batch, op="loss_grad") -> bool:
+    call = native._Call(passes.place, op, net, batch.y)
+    call.batch(call.job.data, batch)
+    return call.job.resident(passes.place.mode)
 
 
 @pytest.mark.parametrize("variant", FAST, **NAME)
-def test_what_the_kernels_do_not_take_is_refused(passes, variant):
+def test_what_the_resident_kernels_take(passes, variant):
     width, mode = variant
-    net = fm.nerf_mlp(width, 3, 4, 2.0)
-    batch, p = rays(1, 3, fm.March(513)), net.init(1)
-    with pytest.raises(ValueError, match="it takes rays of 2 to 512 samples"):
-        passes.loss_grad(net, p, batch)
-    flat = fm.MLP(3, 3, width, 3)
-    with pytest.raises(ValueError, match="rays need 3 coordinates and 4 outputs"):
-        passes.loss(flat, flat.init(1), rays(1, 3, fm.March(5)))
-    with pytest.raises(ValueError, match="a block needs [0-9]* bytes of shared memory, the device"):
-        passes.loss(fm.nerf_mlp(width, 6, 170), fm.nerf_mlp(width, 6, 170).init(1), batch_of(5))
+    net = fm.nerf_mlp(width, 4, 10)
+    for samples, taken in ((2, True), (512, True), (513, False)):
+        assert is_resident(passes, net, rays(1, 3, fm.March(samples))) == taken
+    assert is_resident(passes, net, rays(1, 3, fm.March(128)), "loss_hvp")
+    assert not is_resident(passes, fm.nerf_mlp(width, 6, 170), rays(1, 3, fm.March(5)))
+    assert not is_resident(passes, fm.nerf_mlp(width, 7, 10), rays(1, 3, fm.March(5)))
     sines = fm.MLP(3, 4, width, 3, "sine", w0=5.0, encoding=ladder(3, 4))
-    if mode == "fp32":
-        assert passes.loss(sines, sines.init(1), batch_of(5)).isfinite().all()
-    else:
-        with pytest.raises(ValueError, match="a sine network's first layer is float32"):
-            passes.loss(sines, sines.init(1), batch_of(5))
-
-
-def batch_of(samples: int) -> fm.Batch:
-    return rays(1, 3, fm.March(samples))
+    assert is_resident(passes, sines, rays(1, 3, fm.March(5))) == (mode == "fp32")
 
 
 # KiB of shared memory of a block, plain and dual: nerf_mlp of depth 4, 10 frequencies, 128 samples.

@@ -342,7 +342,8 @@ def text(points, tasks=1):
 
 
 def random_start(net, points=70):
-    p = net.init(2, generator=generator(1)) + 0.02 * torch.randn(2, net.num_params)
+    noise = torch.randn(2, net.num_params, generator=generator(2))
+    p = net.init(2, generator=generator(1)) + 0.02 * noise
     return (
         net,
         p,
@@ -364,12 +365,14 @@ STARTS = {
 # Of the difference that the precision itself makes. Float32 sums differ in the last bits, which
 # moves a number near a tie to its other neighbour: rare, so that most numbers of single points are
 # exact, and sums over points far nearer than the precision. Measured: 0.005 to 0.11 and 0.0001 to
-# 0.03.
+# 0.03. Where it is not rare (phases of 200 radians), twice what torch's float32 sums do to the
+# mirror: 0.15 of the precision's own for x̄̇ in fp16, of which the kernels' do 0.10.
 OF_SUMS, OF_POINTS = 0.2, 0.1
 
 
-def tight(what, got, mirror, truth, mode):
-    """A sum over points by its norm; numbers of single points by their median."""
+def tight(what, got, mirror, tipped, truth, mode):
+    """A sum over points by its norm; numbers of single points by their median. ``tipped`` is the
+    mirror with float32 sums."""
     assert torch.isfinite(got).all()
     if mode == "fp32":
         # sums of up to 256 float32 products in each of a few layers
@@ -379,11 +382,14 @@ def tight(what, got, mirror, truth, mode):
         assert error(got, mirror) < 2e-5, f"{what}: {error(got, mirror):.2g}"
         return
     if what in ("y", "dy", "gx", "dgx"):
-        ours = float((got.double() - mirror).abs().median())
-        own, limit = float((truth - mirror).abs().median()), OF_POINTS
+        ours, sums, own = ((a - mirror).abs().median() for a in (got.double(), tipped, truth))
+        limit = OF_POINTS
     else:
-        ours, own, limit = error(got, mirror), error(truth, mirror), OF_SUMS
-    assert ours < limit * own, f"{what}: {ours:.2g}, the precision's own {own:.2g}"
+        ours, sums, own = (error(a, mirror) for a in (got, tipped, truth))
+        limit = OF_SUMS
+    assert ours < max(limit * own, 2 * sums), (
+        f"{what}: {ours:.2g}, the precision's own {own:.2g}, float32 sums' {sums:.2g}"
+    )
 
 
 def outputs(passes, net, p, x, y, v, w, gy):
@@ -396,12 +402,12 @@ def outputs(passes, net, p, x, y, v, w, gy):
     return dict(y=shown, loss=loss, grad=grad, hv=hv, gp=gp, gx=gx, dy=dy, dgp=dgp, dgx=dgx)
 
 
-def mirrored(net, mode, p, x, y, v, w, gy):
+def mirrored(net, mode, p, x, y, v, w, gy, sums=torch.float64):
     c = Constants(net, mode)
     held, held_dual = (plan.resident_tile(c, dual) is not None for dual in (False, True))
-    plain = Rounding(net, mode, not held).run(p, x, y, loss=True)
-    dual = Rounding(net, mode, not held_dual).run(p, x, y, v, loss=True)
-    full = Rounding(net, mode, True).run(p, x, gy, v, w)  # x̄ is the streamed kernels'
+    plain = Rounding(net, mode, not held, sums).run(p, x, y, loss=True)
+    dual = Rounding(net, mode, not held_dual, sums).run(p, x, y, v, loss=True)
+    full = Rounding(net, mode, True, sums).run(p, x, gy, v, w)  # x̄ is the streamed kernels'
     return dict(
         y=plain.y, loss=plain.loss, grad=plain.grad, hv=dual.dgrad, gp=full.grad, gx=full.gx,
         dy=full.dy, dgp=full.dgrad, dgx=full.dgx,
@@ -415,9 +421,10 @@ def rounding_case(start, mode):
     inputs = (p, x, y, v, w, gy)
     got = outputs(Passes(mode), net, *inputs)
     mirror = mirrored(net, mode, *inputs)
+    tipped = mirrored(net, mode, *inputs, sums=torch.float32)
     truth = outputs(reference, net, *(a.double() for a in inputs))
     for what in got:
-        tight(what, got[what], mirror[what], truth[what], mode)
+        tight(what, got[what], mirror[what], tipped[what], truth[what], mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -433,7 +440,7 @@ def test_kernels_round_where_they_say_on_the_authors_weights(mode, data_path):
     path = data_path("learnit_celeba_maml/maml_ilr_0.01_olr_1e-05_bs_3_150000.pkl")
     net, init = fm.load_learnit(path)
     x = rand(1, 66, 2).float()
-    y = fm.mlp(net, init, x, impl="reference") + 0.1 * torch.randn(1, 66, 3)
+    y = fm.mlp(net, init, x, impl="reference") + 0.1 * torch.randn(1, 66, 3, generator=generator(5))
     rounding_case((net, init[None], x, y), mode)
 
 

@@ -326,5 +326,5 @@ def test_kernels_keep_their_budgets(some_triton, arch, pattern):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_kernel_keeps_its_budget(arch):
-    within_budget(None, arch, "*", limit=60.0)
+def test_every_kernel_keeps_its_budget(some_triton, arch):
+    within_budget(some_triton, arch, "*", limit=60.0)

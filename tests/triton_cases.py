@@ -28,7 +28,7 @@ from fastmeta.triton.held import Held
 from fastmeta.triton.passes import Passes, Product, Seen
 from fastmeta.triton.plan import Constants
 from fastmeta.triton.stream import Stream
-from fastmeta.triton.sums import Operands, shade
+from fastmeta.triton.sums import Operands, Weights, shade
 
 WIDTHS = (16, 32, 64, 128, 256, 512)
 MODES = ("fp32", "tf32", "fp16", "bf16")
@@ -69,16 +69,17 @@ def walked(net: fm.MLP, mode: str, what: str) -> None:
     if dual:
         v = _numbers(TASKS, P)
         along = shade(c, v, Operands.empty(c, TASKS, v), _numbers(TASKS))
+    weights = Weights(theta, operands, v, along)
     if what == "points":
-        s.forward(theta, operands, x)
+        s.forward(weights, x)
         return
     if xs:
         w = (_numbers(TASKS, POINTS, D),) if what == "double" else ()
-        s.forward(theta, operands, x, v, along, *w)
+        s.forward(weights, x, *w)
         s.backward(y)
     else:
         counts = _numbers(TASKS, dtype=torch.int32)
-        s.descend(theta, operands, x, y, ("mse", None), counts, v, along, back=what != "loss")
+        s.descend(weights, x, y, ("mse", None), counts, back=what != "loss")
         if what == "loss":
             return
     s.gradient(theta, tangent=dual)
@@ -93,7 +94,7 @@ def measured(batch: fm.Batch, net: fm.MLP, mode: str, dual: bool) -> None:
     if dual:
         Product(c, batch, True).run(0, theta, theta, theta, None)
     else:
-        Seen(c, batch).run(0, theta, Operands.empty(c, batch.tasks, theta))
+        Seen(c, batch).run(0, Weights(theta, Operands.empty(c, batch.tasks, theta)))
 
 
 def stepped(rule: Any, mode: str) -> None:

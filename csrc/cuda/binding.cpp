@@ -3,6 +3,7 @@
 #include "../binding.h"
 
 #include <string>
+#include <type_traits>
 
 #include "launch.h"
 #include "measure.h"
@@ -45,30 +46,70 @@ void check(int error, const char* what) {
 #endif
 }
 
-void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
-  const Variant& variant = find(job.net.width, mode);
-  // What the kernels do not have must not reach them.
-  if (const char* reason = resident_objection(job, mode))
-    throw py::value_error(std::string("the CUDA kernels do not take this: ") + reason);
-  const int needs = resident_bytes(variant, job);
+// The program that holds whole tasks in a block each, where it takes the job and a block has the
+// shared memory; null: layer by layer.
+const Variant* resident(const Job& job, int mode) {
+  if (resident_objection(job, mode)) return nullptr;
+  for (const Variant* v : kVariants) {
+    if (v->width != job.net.width || v->mode != mode) continue;
 #if defined(FM_EMULATE)
-  const int has = 232448;  // as of sm_90
+    const int has = 232448;  // as of sm_90
 #else
-  int device = 0, has = 0;
-  check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&has, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+    int device = 0, has = 0;
+    check(cudaGetDevice(&device), "device");
+    check(cudaDeviceGetAttribute(&has, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
 #endif
-  if (needs > has)
-    throw py::value_error("width " + std::to_string(job.net.width) + ", depth " +
-                          std::to_string(job.net.depth) + ": a block needs " +
-                          std::to_string(needs) + " bytes of shared memory, the device has " +
-                          std::to_string(has));
+    return resident_bytes(*v, job) <= has ? v : nullptr;
+  }
+  return nullptr;
+}
+
+// What the kernels do not have must not reach them.
+void accept(const Job& job, int mode) {
+  const Network& n = job.net;
+  if (mode < 0 || mode > 3 || n.in < 1 || n.out < 1 || n.width < 1 || n.depth < 2 ||
+      n.depth > kMaxDepth)
+    throw py::value_error("the CUDA kernels take modes 0 to 3 and depths 2 to " +
+                          std::to_string(kMaxDepth));
+  for (const Data* d : {&job.data, &job.query})
+    if (d->tasks && ((d->measure == Measure::k_march && (n.in != 3 || n.out != 4)) ||
+                     (d->measure == Measure::k_project && (n.out != 1 || !d->order))))
+      throw py::value_error("rays need a network 3 -> 4, a projection one output and its order");
+}
+
+int64_t room_floats(const Job& job, int mode) {
+  accept(job, mode);
+  const Variant* variant = resident(job, mode);
+  return variant ? variant->room(job) : layered_room(job, mode);
+}
+
+void run_job(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
+  accept(job, mode);
+  const Variant* variant = resident(job, mode);
   int error;
   {
     py::gil_scoped_release release;
-    error = variant.run(job, reinterpret_cast<float*>(room), reinterpret_cast<void*>(stream));
+    float* at = reinterpret_cast<float*>(room);
+    void* on = reinterpret_cast<void*>(stream);
+    error = variant ? variant->run(job, at, on) : run_layered(job, mode, at, on);
   }
   check(error, "launch");
+}
+
+// Jobs that know no width or precision.
+template <class C>
+void run_alone(const C& job, int, uintptr_t room, uintptr_t stream) {
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = run(job, reinterpret_cast<float*>(room), reinterpret_cast<void*>(stream));
+  }
+  check(error, "launch");
+}
+
+template <class C>
+int64_t room_floats(const C& job, int) {
+  return room_of(job);
 }
 
 }  // namespace
@@ -80,10 +121,19 @@ void run(const Job& job, int mode, uintptr_t room, uintptr_t stream) {
 
 PYBIND11_MODULE(FM_MODULE, m) {
   using namespace fastmeta;
-  bind_structs(m, [](py::class_<Job>& c) {
-    c.def("run", run, "Launch on a stream, in a mode (fp32, tf32, fp16, bf16 are 0 to 3).");
+  bind_structs(m, [](auto& c) {
+    using C = typename std::decay_t<decltype(c)>::type;
+    const char* text = "Launch on a stream, in a mode (fp32, tf32, fp16, bf16 are 0 to 3).";
+    if constexpr (std::is_same_v<C, Job>) {
+      c.def("run", run_job, text);
+      c.def(
+          "resident", [](const Job& job, int mode) { return resident(job, mode) != nullptr; },
+          "Whether one launch holds whole tasks of it.");
+    } else {
+      c.def("run", run_alone<C>, text);
+    }
     c.def(
-        "room", [](const Job& job, int mode) { return 4 * find(job.net.width, mode).room(job); },
+        "room", [](const C& job, int mode) { return 4 * room_floats(job, mode); },
         "Bytes of working memory.");
   });
   py::list widths;

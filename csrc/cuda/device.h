@@ -51,8 +51,12 @@ FM_DEVICE int block_x() { return emulator::block.x; }
 FM_DEVICE int block_y() { return emulator::block.y; }
 FM_DEVICE int blocks_y() { return emulator::grid.y; }
 FM_DEVICE char* shared_memory() { return emulator::shared; }
-// __COUNTER__ numbers the places where a block meets: the emulator can leave one out.
-#define FM_MEET() emulator::meet(__COUNTER__)
+// __COUNTER__ numbers the places where a block meets, from FM_PLACES on in each source: the emulator
+// can leave one out.
+#ifndef FM_PLACES
+#define FM_PLACES 0
+#endif
+#define FM_MEET() emulator::meet(FM_PLACES + __COUNTER__)
 
 FM_DEVICE float shuffle_xor(float x, int mask) {
   return float_of(emulator::exchange(bits_of(x), mask));

@@ -89,4 +89,8 @@ FM_WIDTHS(FM_DECLARE)
 #undef FM_DECLARE
 #undef FM_DECLARE_MODE
 
+// The same for networks of any size, layer by layer: layered_loop.cu.
+int64_t layered_room(const Job& job, int mode);
+int run_layered(const Job& job, int mode, float* room, void* stream);
+
 }  // namespace fastmeta

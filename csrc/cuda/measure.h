@@ -29,4 +29,11 @@ int lay_points(const Network& net, const Chunk& chunk, float* x, float* room, vo
 int measure_loss(const Network& net, const Chunk& chunk, bool dual, bool back, float* y,
                  float* loss, float* room, void* stream);
 
+// The ops alone, on float32: composite or its adjoint, plain or along tangents; project or its
+// adjoint. room: floats of working memory.
+int64_t room_of(const CompositeJob& job);
+int64_t room_of(const ProjectJob& job);
+int run(const CompositeJob& job, float* room, void* stream);
+int run(const ProjectJob& job, float* room, void* stream);
+
 }  // namespace fastmeta

@@ -4,9 +4,10 @@
 // 32 samples at a time, one a lane. The recurrences are scans across the lanes, five exchanges
 // each: T_{i+1} = T_i f_i of products, and from the back G_i = α_i w̄_i + f_i G_{i+1} of the maps
 // G -> f G + b, (f, b) ∘ (f', b') = (f f', b + f b'). Both add and multiply what the recurrences do,
-// in another order, without a division or a difference: float32's error stays that of a loop over
-// the samples, and last intervals of 1e10, whose adjoints reach 1e20, are as safe. A thread a ray
-// would read 16 bytes in every 16 S and leave 31 of 32 lanes idle in batches of few rays.
+// in another order, without a division or a difference, and last intervals of 1e10, whose adjoints
+// reach 1e20, are as safe: of 64 sets of 200 rays, S from 31 to 600, every result's error was 0.55 to
+// 1.25 of float32 torch's, 0.87 in the middle. A thread a ray would read 16 bytes in every 16 S and
+// leave most of a device idle in batches of few rays.
 //
 // What is kept between forward and back is T before each 32 samples; all else is computed again.
 #pragma once

@@ -11,7 +11,7 @@ from . import plan, resident, sums
 from .launch import launch
 from .plan import Constants, empty, up
 from .stream import Stream
-from .sums import Operands, ones, stride
+from .sums import Weights, ones
 
 
 class Held:
@@ -60,16 +60,9 @@ class Held:
         self.first, self.dfirst = pair(tasks, self.splits, WP, c.features, wanted=opening)
         self.thin, self.dthin = pair(tasks, self.splits, c.thin, wanted=keep)
 
-    def forward(
-        self,
-        params: Tensor,
-        operands: Operands,
-        x: Tensor,
-        v: Tensor | None = None,
-        dual_operands: Operands | None = None,
-    ) -> Tensor:
+    def forward(self, weights: Weights, x: Tensor) -> Tensor:
         """y [T,N,C], which stays in ``self.y`` (its tangent in ``self.dy``)."""
-        self._at(params, operands, x, v, dual_operands)
+        self.weights, self.x = weights, x
         self._launch(self.y, None, None, None, back=False)
         return self.y
 
@@ -79,33 +72,18 @@ class Held:
 
     def descend(
         self,
-        params: Tensor,
-        operands: Operands,
+        weights: Weights,
         x: Tensor,
         target: Tensor,
         loss: tuple[str, float | None],
         counts: Tensor,
-        v: Tensor | None = None,
-        dual_operands: Operands | None = None,
         *,
         back: bool = True,
     ) -> None:
         """From a loss against target [T,N,C] over counts [T] points: partial sums, and the loss's
         parts in ``self.losses`` [T,splits]."""
-        self._at(params, operands, x, v, dual_operands)
+        self.weights, self.x = weights, x
         self._launch(target, None, loss, counts, back=back)
-
-    def _at(
-        self,
-        params: Tensor,
-        operands: Operands,
-        x: Tensor,
-        v: Tensor | None,
-        dual_operands: Operands | None,
-    ) -> None:
-        self.params, self.operands, self.x = params, operands, x
-        self.v = params if v is None else v
-        self.dual_operands = operands if dual_operands is None else dual_operands
 
     def _launch(
         self,
@@ -117,21 +95,11 @@ class Held:
         back: bool,
     ) -> None:
         kind, clamp = (None, None) if loss is None else loss
-        args: dict[str, Any] = {
-            "theta": self.params,
-            "dtheta": self.v,
-            "shadow": self.operands.hidden,
-            "dshadow": self.dual_operands.hidden,
-            "first": self.operands.first,
-            "dfirst": self.dual_operands.first,
-            "x": self.x,
-            "basis": self.basis,
-            "phi": self.phi,
+        args = sums.inputs(self) | {
             "given": given,
             "dgiven": given if tangent is None else tangent,
             "counts": given if counts is None else counts,
             "scale": self.scale,
-            "v_scale": self.v_scale,
             "y_out": self.y,
             "dy_out": self.dy,
             "losses": self.losses,
@@ -141,16 +109,8 @@ class Held:
             "dfirst_part": self.dfirst,
             "thin": self.thin,
             "dthin": self.dthin,
-            "N": self.N,
             "splits": self.splits,
             "rows": self.rows,
-            "p_stride": stride(self.params),
-            "v_stride": stride(self.v),
-            "s_stride": stride(self.operands.hidden),
-            "ds_stride": stride(self.dual_operands.hidden),
-            "f_stride": self.c.encoded * stride(self.operands.first),
-            "df_stride": self.c.encoded * stride(self.dual_operands.first),
-            "x_stride": stride(self.x),
         }
         consts = self.c.shapes() | {
             "TH": self.c.thin,

@@ -18,7 +18,7 @@ from . import draw, graph, plan, project, render
 from .held import network
 from .plan import Constants, chunks, empty
 from .stream import Stream
-from .sums import Operands, shade
+from .sums import Operands, Weights, shade
 
 
 def guarded(function: Any) -> Any:
@@ -85,29 +85,19 @@ class Seen:
                 for mine, new in zip(self.inverse, project.inverse(self.pixels), strict=True):
                     mine.copy_(new)
 
-    def run(
-        self,
-        k: int,
-        theta: Tensor,
-        operands: Operands,
-        v: Tensor | None = None,
-        dual_operands: Operands | None = None,
-    ) -> Tensor:
-        """Loss [T] at θ [T or 1,P], of the draws of step k; along v [T,P] where dual."""
+    def run(self, k: int, weights: Weights) -> Tensor:
+        """Loss [T] of the draws of step k; along v where dual."""
         drawn = draw.draw(self.batch, k, self.room)
         s = self.stream
         if self.batch.measure is not None:
-            s.forward(theta, operands, drawn.x, v, dual_operands)
+            s.forward(weights, drawn.x)
             march = isinstance(self.batch.measure, March)
             return self._marched(drawn) if march else self._projected(drawn)
         counts = _full(self.batch, self.count) if drawn.counts is None else drawn.counts
         if self.c.mode == "fp16":
             numbers = (counts * self.batch.y.shape[-1]).to(s.like.dtype)
             s.scale = torch.exp2(torch.round(torch.log2(numbers)))
-        s.descend(
-            theta, operands, drawn.x, drawn.y, self.batch.loss_parts, counts, v, dual_operands,
-            back=self.back,
-        )  # fmt: skip
+        s.descend(weights, drawn.x, drawn.y, self.batch.loss_parts, counts, back=self.back)
         return s.losses.sum(1)
 
     def _chain(self, gy: Tensor, dgy: Tensor | None) -> None:
@@ -170,8 +160,9 @@ class Product:
         scale = None
         if self.c.mode == "fp16":
             scale = s.v_scale = _power(v)
-        shade(self.c, theta, self.operands)
-        self.seen.run(k, theta, self.operands, v, shade(self.c, v, self.along, scale))
+        operands = shade(self.c, theta, self.operands)
+        along = shade(self.c, v, self.along, scale)
+        self.seen.run(k, Weights(theta, operands, v, along))
         return s.gradient(out, tangent=True, start=start)
 
 
@@ -228,7 +219,7 @@ class Inner:
             self.thetas[0].copy_(theta.expand(self.thetas.shape[1:]))
         state = self.zero
         for k in range(self.K):
-            self.losses[k].copy_(self.seen.run(k, theta, operands))
+            self.losses[k].copy_(self.seen.run(k, Weights(theta, operands)))
             out = self.thetas[k + 1 if self.keep else 0]
             after = self.states[k % len(self.states)]
             self.seen.stream.advance(
@@ -317,7 +308,7 @@ class Meta:
         inner.run()
         K = inner.K
         operands = inner.operands if K else inner.start
-        loss = self.query.run(K, inner.theta, operands)
+        loss = self.query.run(K, Weights(inner.theta, operands))
         lam = self.query.stream.gradient(self.lam)
         lam.div_(self.tasks)
         if self.rates is not None:
@@ -392,11 +383,11 @@ class Passes:
         y = empty(x, x.dtype, tasks, points, net.out_features)
         per_point = plan.row_bytes(c, x.dtype, False, keep=False)
         fit = max(4096, plan.up(_budget(None, x) // per_point // tasks, 128))
-        operands = shade(c, params, Operands.empty(c, params.shape[0], params))
+        weights = Weights(params, shade(c, params, Operands.empty(c, params.shape[0], params)))
         for start in range(0, points, fit):
             part = x[:, start : start + fit]
             s = network(c, tasks, part.shape[1], x, keep=False)
-            shown = s.forward(params, operands, part)
+            shown = s.forward(weights, part)
             if part.shape[1] == points:
                 return shown.view(T, N, -1)
             y[:, start : start + fit] = shown
@@ -451,17 +442,15 @@ class Passes:
                 if want_x or w is not None
                 else network(c, n, N, x, dual=dual, grad=not dual)
             )
-            mine = _first(operands, p.shape[0])
-            shade(c, p, mine)
-            scale = None
+            mine, scale = shade(c, p, _first(operands, p.shape[0])), None
             if c.mode == "fp16":
                 s.scale = _power(gy[ts])
                 if vs is not None:
                     tangents = (vs,) if ws is None else (vs, ws)
                     scale = s.v_scale = _power(*tangents).expand(n).contiguous()
                     scale = scale[: vs.shape[0]]
-            dual_operands = None if vs is None else shade(c, vs, _first(along, vs.shape[0]), scale)
-            s.forward(p, mine, xs, vs, dual_operands, *([] if ws is None else [ws]))
+            theirs = None if vs is None else shade(c, vs, _first(along, vs.shape[0]), scale)
+            s.forward(Weights(p, mine, vs, theirs), xs, *([] if ws is None else [ws]))
             s.backward(gy[ts])
             s.gradient(gp[ts], tangent=dual)
             if want_x:
@@ -496,7 +485,8 @@ class Passes:
         for ts in chunks(batch.tasks, size, _budget(memory, params)):
             seen = Seen(c, _part(batch, ts), back=grad)
             p = _take(params, ts)
-            losses[ts] = seen.run(step, p, shade(c, p, Operands.empty(c, p.shape[0], p)))
+            operands = shade(c, p, Operands.empty(c, p.shape[0], p))
+            losses[ts] = seen.run(step, Weights(p, operands))
             if grad:
                 seen.stream.gradient(g[ts])
         return losses, g

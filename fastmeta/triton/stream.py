@@ -15,7 +15,7 @@ from torch import Tensor
 from . import mlp, plan, step, sums
 from .launch import launch
 from .plan import Constants, empty, up
-from .sums import Operands, ones, stride
+from .sums import Weights, ones, stride
 
 _REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -88,20 +88,9 @@ class Stream:
 
     # one call after the other
 
-    def forward(
-        self,
-        params: Tensor,
-        operands: Operands,
-        x: Tensor,
-        v: Tensor | None = None,
-        dual_operands: Operands | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """y [T,N,C], which stays in ``self.y`` (its tangent in ``self.dy``)."""
-        self.params, self.operands, self.x = params, operands, x
-        self.v = params if v is None else v
-        self.dual_operands = operands if dual_operands is None else dual_operands
-        self.w = x if w is None else w
+    def forward(self, weights: Weights, x: Tensor, w: Tensor | None = None) -> Tensor:
+        """y [T,N,C], which stays in ``self.y`` (its tangent in ``self.dy``); w: tangents of x."""
+        self.weights, self.x, self.w = weights, x, x if w is None else w
         args, consts = self._common(self.ahead)
         args |= {"z_out": self.z, "dz_out": self.dz, "y_out": self.y, "dy_out": self.dy}
         launch(
@@ -164,30 +153,12 @@ class Stream:
                     weigher.run()
 
     def _common(self, tile: plan.Tile) -> tuple[dict[str, Any], dict[str, Any]]:
-        args = {
-            "theta": self.params,
-            "dtheta": self.v,
-            "shadow": self.operands.hidden,
-            "dshadow": self.dual_operands.hidden,
-            "first": self.operands.first,
-            "dfirst": self.dual_operands.first,
-            "x": self.x,
+        args = sums.inputs(self) | {
             "dx": self.w,
-            "basis": self.basis,
-            "phi": self.phi,
             "kept": self.kept,
             "dkept": self.dkept,
-            "v_scale": self.v_scale,
-            "N": self.N,
             "NP": self.NP,
             "tiles": self.NP // tile.points,
-            "p_stride": stride(self.params),
-            "v_stride": stride(self.v),
-            "s_stride": stride(self.operands.hidden),
-            "ds_stride": stride(self.dual_operands.hidden),
-            "f_stride": self.c.encoded * stride(self.operands.first),
-            "df_stride": self.c.encoded * stride(self.dual_operands.first),
-            "x_stride": stride(self.x),
         }
         consts = self.c.shapes() | {
             "DUAL": self.dual,
@@ -216,20 +187,17 @@ class Stream:
 
     def descend(
         self,
-        params: Tensor,
-        operands: Operands,
+        weights: Weights,
         x: Tensor,
         target: Tensor,
         loss: tuple[str, float | None],
         counts: Tensor,
-        v: Tensor | None = None,
-        dual_operands: Operands | None = None,
         *,
         back: bool = True,
     ) -> None:
         """``forward``, then ``backward`` from a loss against target [T,N,C] over counts [T] points;
         its parts in ``self.losses`` [T,tiles]."""
-        self.forward(params, operands, x, v, dual_operands)
+        self.forward(weights, x)
         self.backward(target, loss=loss, counts=counts, chain=back)
 
 

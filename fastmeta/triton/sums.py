@@ -71,6 +71,41 @@ def shade(c: Constants, params: Tensor, out: Operands, scale: Tensor | None = No
     return out
 
 
+class Weights(NamedTuple):
+    """Parameters [T or 1,P] and their operands; a direction v of them and its own."""
+
+    params: Tensor
+    operands: Operands
+    v: Tensor | None = None
+    along: Operands | None = None
+
+
+def inputs(network: Any) -> dict[str, Any]:
+    """Arguments of every kernel that evaluates a ``Stream`` or a ``Held``: ``weights`` at ``x``."""
+    c, (params, operands, v, along), x = network.c, network.weights, network.x
+    v, along = params if v is None else v, operands if along is None else along
+    return {
+        "theta": params,
+        "dtheta": v,
+        "shadow": operands.hidden,
+        "dshadow": along.hidden,
+        "first": operands.first,
+        "dfirst": along.first,
+        "x": x,
+        "basis": network.basis,
+        "phi": network.phi,
+        "v_scale": network.v_scale,
+        "N": network.N,
+        "p_stride": stride(params),
+        "v_stride": stride(v),
+        "s_stride": stride(operands.hidden),
+        "ds_stride": stride(along.hidden),
+        "f_stride": c.encoded * stride(operands.first),
+        "df_stride": c.encoded * stride(along.first),
+        "x_stride": stride(x),
+    }
+
+
 class Parts(NamedTuple):
     """Partial sums: of hidden weights [T,splits,L−2,WP,WP], of an encoded first layer
     [T,first_splits,WP,EP], of what is thin [T,tiles,TH]."""
@@ -103,7 +138,7 @@ def _sums(network: Any, dual: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 def gradient(
     network: Any, out: Tensor, *, tangent: bool = False, start: Tensor | None = None
 ) -> Tensor:
-    """out [T,P]: the gradient that a ``Stream`` or a ``Resident`` left, or its tangent, plus start
+    """out [T,P]: the gradient that a ``Stream`` or a ``Held`` left, or its tangent, plus start
     where there is one."""
     args, consts = _sums(network, tangent)
     args |= {

@@ -1,4 +1,5 @@
-"""The same with fm.MAML in place of higher: the inner loop of all tasks is one call."""
+"""What takes the place of higher/, learn2learn/, metasdf/ and torch_func/before.py: the inner loop
+of all tasks is one call of fm.MAML."""
 
 from __future__ import annotations
 
