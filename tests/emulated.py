@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -75,6 +76,7 @@ def build(folder: Path, variants: list[tuple[int, str]], *flags: str, jobs: int 
     return made
 
 
+@functools.cache
 def load(path: Path) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader("_emulated", str(path))
     spec = importlib.util.spec_from_file_location("_emulated", path, loader=loader)

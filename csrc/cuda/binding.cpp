@@ -128,6 +128,9 @@ PYBIND11_MODULE(FM_MODULE, m) {
     const char* text = "Launch on a stream, in a mode (fp32, tf32, fp16, bf16 are 0 to 3).";
     if constexpr (std::is_same_v<C, Job>) {
       c.def("run", run_job, text);
+      c.def(
+          "resident", [](const Job& job, int mode) { return resident(job, mode) != nullptr; },
+          "Whether one launch holds whole tasks of it.");
     } else {
       c.def("run", run_alone<C>, text);
     }
