@@ -107,6 +107,9 @@ struct Data {
   const void* far = nullptr;         // [T]
   const int32_t* pixels = nullptr;   // [T, A, W, W], −1 outside
   int64_t angles = 0, size = 0;      // A, W
+  // the entries (a, r, c) of pixels sorted by pixel: a W + c [T, A W W], and where those of each
+  // pixel begin [T, W W + 1]; the CUDA kernels alone read them
+  const int32_t *order = nullptr, *starts = nullptr;
 };
 
 struct Rule {
@@ -146,6 +149,29 @@ struct Job {
   int64_t rates_size[3] = {0, 0, 0};
   int64_t budget =
       0;  // bytes of activations kept between the passes of a meta-gradient or a projection
+};
+
+// composite alone. raw [R, S, 4], t [R, S]; vraw and vt null: plain. Forward writes rgb [R, 3],
+// depth [R], acc [R]; given the adjoints g*, backward writes graw and gt; with tangents all outputs
+// are tangents.
+struct CompositeJob {
+  March march;
+  int threads = 1;
+  int64_t rays = 0;
+  const void *raw = nullptr, *t = nullptr, *vraw = nullptr, *vt = nullptr;
+  const void *grgb = nullptr, *gdepth = nullptr, *gacc = nullptr;
+  void *rgb = nullptr, *depth = nullptr, *acc = nullptr, *graw = nullptr, *gt = nullptr;
+};
+
+// project alone, or its adjoint: image [T, W, W], pixels [T, A, W, W], sinogram [T, A, W]; order and
+// starts as in Data.
+struct ProjectJob {
+  int threads = 1;
+  int64_t tasks = 0, angles = 0, size = 0;
+  const int32_t *pixels = nullptr, *order = nullptr, *starts = nullptr;
+  const void* from = nullptr;
+  void* to = nullptr;
+  int adjoint = 0;
 };
 
 }  // namespace fastmeta

@@ -36,7 +36,7 @@ void triple(py::class_<C>& c, const char* name, int64_t (C::*field)[3]) {
         for (size_t i = 0; i < 3; ++i) (x.*field)[i] = v[i].cast<int64_t>();
       });
 }
-// with_job gives the class of jobs what runs them.
+// with_job gives each class of jobs what runs them.
 template <class F>
 void bind_structs(py::module_& m, F&& with_job) {
 #define FM_TEXT(name) #name,
@@ -81,7 +81,7 @@ void bind_structs(py::module_& m, F&& with_job) {
         FM_FIELD(march);
     FM_POINTER(origins), FM_POINTER(directions), FM_POINTER(near), FM_POINTER(far),
         FM_POINTER(pixels);
-    FM_FIELD(angles), FM_FIELD(size);
+    FM_FIELD(angles), FM_FIELD(size), FM_POINTER(order), FM_POINTER(starts);
   }
   {
     using C = Rule;
@@ -104,6 +104,26 @@ void bind_structs(py::module_& m, F&& with_job) {
     FM_POINTER(rates), FM_FIELD(budget);
     triple(c, "lr_stride", &C::lr_stride);
     triple(c, "rates_size", &C::rates_size);
+    with_job(c);
+  }
+  {
+    using C = CompositeJob;
+    py::class_<C> c(m, "CompositeJob", py::module_local());
+    c.def(py::init<>());
+    FM_FIELD(march), FM_FIELD(threads), FM_FIELD(rays), FM_POINTER(raw), FM_POINTER(t),
+        FM_POINTER(vraw);
+    FM_POINTER(vt), FM_POINTER(grgb), FM_POINTER(gdepth), FM_POINTER(gacc), FM_POINTER(rgb),
+        FM_POINTER(depth);
+    FM_POINTER(acc), FM_POINTER(graw), FM_POINTER(gt);
+    with_job(c);
+  }
+  {
+    using C = ProjectJob;
+    py::class_<C> c(m, "ProjectJob", py::module_local());
+    c.def(py::init<>());
+    FM_FIELD(threads), FM_FIELD(tasks), FM_FIELD(angles), FM_FIELD(size), FM_POINTER(pixels),
+        FM_POINTER(order), FM_POINTER(starts), FM_POINTER(from);
+    FM_POINTER(to), FM_FIELD(adjoint);
     with_job(c);
   }
 }

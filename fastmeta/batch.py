@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,6 +201,23 @@ def nearest_pixels(angles: Tensor, size: int) -> Tensor:
     inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
     index = torch.where(inside, row * size + column, -1.0)
     return index.to(torch.int32).to(angles.device)
+
+
+class Inverse(NamedTuple):
+    """For each pixel, the places of the sinogram that it went to."""
+
+    order: Tensor  # [T,A·W·W] int32: a W + c of the entries (a,r,c), sorted by pixel
+    starts: Tensor  # [T,W·W+1] int32: where each pixel's entries begin
+
+
+def inverse_pixels(pixels: Tensor) -> Inverse:
+    """The entries of pixels [T,A,W,W] by pixel, in the order (a,r,c): a stable sort."""
+    T, A, W, _ = pixels.shape
+    by_pixel, entry = torch.sort(pixels.flatten(1), dim=1, stable=True)
+    order = (entry // (W * W) * W + entry % W).to(torch.int32)
+    bounds = torch.arange(W * W + 1, device=pixels.device, dtype=by_pixel.dtype).expand(T, -1)
+    starts = torch.searchsorted(by_pixel, bounds.contiguous(), out_int32=True)
+    return Inverse(order, starts)
 
 
 @dataclass(frozen=True, eq=False)

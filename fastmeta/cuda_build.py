@@ -1,5 +1,5 @@
-"""Building the CUDA kernels: nvcc once per width and precision, side by side, linked to a module
-that needs neither torch nor a CUDA runtime library.
+"""Building the CUDA kernels: nvcc once per width and precision and once for what any of them needs,
+side by side under ninja, linked to a module that needs neither torch nor a CUDA runtime library.
 
 A build is kept in ``$XDG_CACHE_HOME/fastmeta`` (``~/.cache/fastmeta``), in a folder named after all
 that it depends on: fastmeta's version, the sources, the GPU's architecture, Python's ABI. It is
@@ -16,16 +16,17 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 WIDTHS = (16, 32, 64)
 MODES = ("fp32", "tf32", "fp16", "bf16")
+COMMON = ("layered_loop", "measure", "sums")  # sources compiled once, whatever width and precision
 # What a wheel holds; the last one as PTX too, which newer devices compile for themselves.
 ARCHS = ("80", "86", "89", "90", "100", "120")
 
@@ -50,6 +51,13 @@ def nvcc() -> str | None:
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
 
 
+def ninja() -> str | None:
+    """The build tool: of the path, or where pip puts the package of that name."""
+    folders = [os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")]
+    folders.append(sysconfig.get_path("scripts", f"{os.name}_user"))
+    return shutil.which("ninja", path=os.pathsep.join(folders))
+
+
 def missing() -> str | None:
     """Why the kernels can be neither found nor built here, or None."""
     if _ahead_of_time() is not None:
@@ -60,6 +68,8 @@ def missing() -> str | None:
         return "not compiled, and no nvcc is found (CUDA toolkit 12 or newer; set CUDA_HOME)"
     if importlib.util.find_spec("pybind11") is None:
         return "not compiled, which needs the package 'pybind11': pip install pybind11"
+    if ninja() is None:
+        return "not compiled, which needs the package 'ninja': pip install ninja"
     return None
 
 
@@ -133,35 +143,71 @@ def _build_aside(folder: Path, archs: tuple[str, ...], made: Path) -> None:
 
 
 def build(folder: Path, archs: tuple[str, ...], target: Path, objects: Path) -> None:
-    """Compile csrc/cuda of a folder into a Python module at target.
+    """Compile csrc/cuda of a folder into a Python module at target; MAX_JOBS compilers at a time.
+    What lies in objects already is compiled again where its sources or its command changed.
 
     Raises:
         RuntimeError: a compiler failed; the message holds its last lines.
     """
+    compiler, tool = nvcc(), ninja()
+    if compiler is None or tool is None:
+        raise RuntimeError("cuda: no nvcc (set CUDA_HOME) or no ninja is found")
+    objects.mkdir(parents=True, exist_ok=True)
+    rules = ninja_file(compiler, folder.resolve(), archs, target.resolve())
+    (objects / "build.ninja").write_text(rules)
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    command = [tool, "-C", str(objects), "-j", jobs]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
+        raise RuntimeError(f"cuda: compiling failed: {' '.join(command)}\n{tail}")
+
+
+def ninja_file(compiler: str, folder: Path, archs: tuple[str, ...], target: Path) -> str:
+    """The text of build.ninja: an object for each width and precision, the binding, the link."""
     import pybind11
 
-    compiler = nvcc()
-    if compiler is None:
-        raise RuntimeError("cuda: no nvcc is found (set CUDA_HOME)")
-    objects.mkdir(parents=True, exist_ok=True)
-    cuda = folder / "cuda"
-    commands = [
-        [
-            *(compiler, *_NVCC, *gencode(archs)),
-            *(f"-DFM_WIDTH={width}", f"-DFM_MODE={i}", f"-DFM_MODE_NAME={mode}"),
-            *("-c", str(cuda / "variant.cu"), "-o", str(objects / f"{width}_{mode}.o")),
-        ]
-        for width in reversed(WIDTHS)
-        for i, mode in enumerate(MODES)
-    ]
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    binding = [str(cuda / "binding.cpp"), "-o", str(objects / "binding.o")]
-    commands.append([compiler, *_NVCC, *includes, "-c", *binding])
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(_run, commands))
-    linked = [str(p) for p in sorted(objects.glob("*.o"))]
-    _run([compiler, "-shared", "-cudart", "static", *linked, "-o", str(target)])
+    compile_ = "$nvcc $flags $more -MD -MF $out.d -c $in -o $out"
+    text = f"""\
+nvcc = {_words([compiler])}
+flags = {_words(_NVCC)}
+rule compile
+  command = {compile_}
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $nvcc -shared -cudart static $in -o $out
+"""
+    objects = []
+
+    def add(name: str, source: str, more: list[str]) -> None:
+        objects.append(name)
+        path = _path(folder / "cuda" / source)
+        nonlocal text
+        text += f"build {name}: compile {path}\n  more = {_words(more)}\n"
+
+    for width in reversed(WIDTHS):  # the widest take longest
+        for i, mode in enumerate(MODES):
+            which = [f"-DFM_WIDTH={width}", f"-DFM_MODE={i}", f"-DFM_MODE_NAME={mode}"]
+            add(f"{width}_{mode}.o", "variant.cu", [*gencode(archs), *which])
+    for i, mode in enumerate(MODES):
+        which = [f"-DFM_MODE={i}", f"-DFM_MODE_NAME={mode}"]
+        add(f"layered_{mode}.o", "layered.cu", [*gencode(archs), *which])
+    for name in COMMON:
+        add(f"{name}.o", f"{name}.cu", gencode(archs))
+    add("binding.o", "binding.cpp", includes)
+    return text + f"build {_path(target)}: link {' '.join(objects)}\n"
+
+
+def _words(words: list[str]) -> str:
+    """Words of a command in a ninja file."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def _path(path: Path) -> str:
+    """A path on a build line of a ninja file."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def gencode(archs: tuple[str, ...]) -> list[str]:
@@ -170,10 +216,3 @@ def gencode(archs: tuple[str, ...]) -> list[str]:
     if len(archs) > 1:
         flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     return flags
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-20:])
-        raise RuntimeError(f"cuda: compiling failed: {' '.join(command)}\n{tail}")

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import batch as _batch
 from . import cuda_build, env
 from . import rules as _rules
 from . import spec as _spec
-from .batch import Batch, March, Project, Rays
+from .batch import Batch, Inverse, March, Project, Rays, inverse_pixels
 from .rules import Adam, Momentum, Rule
 from .spec import MLP
 
@@ -110,11 +111,15 @@ cpu = _Cpu()
 
 
 class _Cuda:
-    """The worker on NVIDIA GPUs: compiled by nvcc when it is first used, or ahead of time."""
+    """The worker on NVIDIA GPUs: compiled by nvcc when it is first used, or ahead of time.
+
+    Small networks on bare coordinates run whole inner loops in one launch, any others layer by
+    layer; the compiled module decides.
+    """
 
     precisions = ("fp32", "tf32", "fp16", "bf16")
-    widths = (16, 32, 64)
-    ops = ("mlp", "loss_grad", "loss_hvp", "adapt", "maml", "reptile")
+    max_depth = 64  # kMaxDepth of csrc/abi.h
+    ops = ("mlp", "loss_grad", "loss_hvp", "adapt", "maml", "reptile", "composite", "project")
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None. Compiles nothing."""
@@ -135,41 +140,10 @@ class _Cuda:
         if case.dtype != torch.float32:
             reasons.append(f"dtype {case.dtype} (float32 only)")
         if case.op not in self.ops:
-            reasons.append(f"{case.op} (not yet; {', '.join(self.ops)} so far)")
-        if case.measure != "none":
-            reasons.append(f"measure {case.measure} (none so far)")
-        net = case.net
-        if net is None:
-            return reasons
-        if net.width not in self.widths:
-            reasons.append(f"width {net.width} ({', '.join(map(str, self.widths))} so far)")
-        if net.depth > 6:
-            reasons.append(f"depth {net.depth} (6 at most so far)")
-        if net.encoding is not None:
-            reasons.append("an encoding (bare coordinates only so far)")
-        if net.in_features > 4:
-            reasons.append(f"{net.in_features} coordinates (4 at most)")
-        if net.out_features > 8:
-            reasons.append(f"{net.out_features} outputs (8 at most)")
-        return reasons or self._room(case)
-
-    def _room(self, case: Any) -> list[str]:
-        """The objection of shared memory that is too small for the network; asked before the
-        kernels are compiled it is left to their launch, which raises."""
-        if not torch.cuda.is_available() or "library" not in vars(self):
-            return []
-        properties: Any = torch.cuda.get_device_properties()
-        has = properties.shared_memory_per_block_optin
-        precision = case.precision or "fp32"
-        dual = case.order > 1 or case.op == "loss_hvp"
-        mode = self.precisions.index(precision)
-        needs = self.library.shared_bytes(case.net.width, mode, case.net.depth, dual)
-        if needs <= has:
-            return []
-        return [
-            f"width {case.net.width}, depth {case.net.depth} in {precision}: a block needs {needs} "
-            f"bytes of shared memory, the device has {has}"
-        ]
+            reasons.append(f"{case.op} ({', '.join(self.ops)} only)")
+        if case.net is not None and case.net.depth > self.max_depth:
+            reasons.append(f"depth {case.net.depth} ({self.max_depth} at most)")
+        return reasons
 
     @cached_property
     def library(self) -> ModuleType:
@@ -205,11 +179,11 @@ class Device:
         self.library, self.mode = library, library.MODES.index(precision)
 
     def run(self, job: Any, like: Tensor) -> None:
-        # freed while the kernel may still run: the allocator gives it to the same stream again
-        room = torch.empty(job.room(self.mode), dtype=torch.uint8, device=like.device)
         on_gpu = like.is_cuda
         stream = torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0
         with torch.cuda.device_of(like) if on_gpu else nullcontext():
+            # freed while the kernel may still run: the allocator gives it to the same stream again
+            room = torch.empty(job.room(self.mode), dtype=torch.uint8, device=like.device)
             job.run(self.mode, room.data_ptr(), stream)
 
 
@@ -222,7 +196,9 @@ def fma_peak(threads: int, isa: str | None = None, seconds: float = 0.3) -> floa
 
 
 @lru_cache(maxsize=256)
-def _network(library: ModuleType, net: MLP, dtype: torch.dtype) -> tuple[Any, tuple]:
+def _network(
+    library: ModuleType, net: MLP, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, tuple]:
     """The specification as a struct, and the tensors it points to."""
     n = library.Network()
     n.out, n.width, n.depth = net.out_features, net.width, net.depth
@@ -232,11 +208,11 @@ def _network(library: ModuleType, net: MLP, dtype: torch.dtype) -> tuple[Any, tu
     n.w0, n.w0_first, n.shift = net.w0, net.w0_first, net.output_shift
     if net.encoding is None:
         return n, ()
-    B, phi, D = net.encoding.B.to(dtype), net.encoding.phi.to(dtype), net.in_features
+    B, phi, D = net.encoding.B, net.encoding.phi, net.in_features
     if net.encoding.include_input:  # coordinates are features too: the first D columns
-        B, phi = torch.cat([torch.eye(D, dtype=dtype), B], 1), torch.cat([B.new_zeros(D), phi])
+        B, phi = torch.cat([torch.eye(D), B], 1), torch.cat([B.new_zeros(D), phi])
         n.identity = D
-    B, phi = B.contiguous(), phi.contiguous()
+    B, phi = B.to(device, dtype).contiguous(), phi.to(device, dtype).contiguous()
     n.encoded, n.basis, n.phase = net.encoded_features, B.data_ptr(), phi.data_ptr()
     return n, (B, phi)
 
@@ -249,7 +225,7 @@ class _Call:
         self.job = library.Job()
         self.job.op = library.OPS.index(op)
         self.job.threads = torch.get_num_threads()
-        self.job.net, tensors = _network(library, net, like.dtype)
+        self.job.net, tensors = _network(library, net, like.dtype, like.device)
         self.alive = list(tensors)
         self.like = like
 
@@ -306,7 +282,10 @@ class _Call:
         data.x, data.x_stride = self.hold(x), x.stride(0) if x.shape[0] > 1 else 0
         if isinstance(batch.measure, Project):
             data.angles, data.size = batch.y.shape[1], batch.y.shape[2]
-            data.pixels = self.dense(batch.measure.pixels(data.size))
+            pixels = batch.measure.pixels(data.size)
+            data.pixels = self.dense(pixels)
+            if isinstance(self.place, Device):
+                data.order, data.starts = map(self.hold, _inverse(pixels))
 
     def loop(self, lr: Tensor, rule: Rule, max_memory: int | None) -> None:
         """The inner loop's part: rates [K,T,P], a view, rule and budget."""
@@ -326,6 +305,26 @@ def _dense_rows(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() or tensor[0].is_contiguous():  # the first alone is 0.7 us faster
         return tensor
     return tensor.contiguous()
+
+
+_inverses: WeakIdKeyDictionary = WeakIdKeyDictionary()  # pixels -> {stream: their inverse}
+
+
+def _inverse(pixels: Tensor) -> Inverse:
+    """Which entries of the sinogram each pixel went to, sorted once for a tensor of pixels and a
+    stream; a CUDA graph sorts its own, which is there when it is replayed."""
+    if pixels[0].numel() >= 2**31:
+        raise ValueError(
+            f"project: {pixels.shape[1]} angles of {pixels.shape[2]} x {pixels.shape[3]} samples; "
+            "the cuda worker takes fewer than 2^31 of a task"
+        )
+    if pixels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return inverse_pixels(pixels)
+    stream = torch.cuda.current_stream(pixels.device).cuda_stream if pixels.is_cuda else 0
+    kept = _inverses.setdefault(pixels, {})
+    if stream not in kept:
+        kept[stream] = inverse_pixels(pixels)
+    return kept[stream]
 
 
 def _march(library: ModuleType, march: March) -> Any:
@@ -395,6 +394,7 @@ class Passes:
         if params.shape[0] == 1 and T > 1:
             x = x.reshape(1, T * N, -1)
         call.points(x, params.shape[0] if x.shape[0] == 1 else T)
+        call.job.budget = DEFAULT_MEMORY
         call.rows("params", params)
         return call, T, N
 
@@ -490,7 +490,7 @@ class Passes:
     def composite(self, raw: Tensor, t: Tensor, march: March) -> tuple[Tensor, Tensor, Tensor]:
         job, alive = self._rays(raw, t, march)
         shown = _shown(job, raw)
-        job.run(self.isa, raw.dtype == torch.float64)
+        self.place.run(job, raw)
         return shown
 
     def composite_grad(
@@ -498,7 +498,7 @@ class Passes:
     ) -> tuple[Tensor, Tensor]:
         job, alive = self._rays(raw, t, march, grgb=grgb, gdepth=gdepth, gacc=gacc)
         graw, gt = _adjoints(job, raw, t)
-        job.run(self.isa, raw.dtype == torch.float64)
+        self.place.run(job, raw)
         return graw, gt
 
     def composite_dual(
@@ -516,14 +516,15 @@ class Passes:
             raw, t, march, vraw=vraw, vt=vt, grgb=grgb, gdepth=gdepth, gacc=gacc
         )
         shown, adjoints = _shown(job, raw), _adjoints(job, raw, t)
-        job.run(self.isa, raw.dtype == torch.float64)
+        self.place.run(job, raw)
         return (*shown, *adjoints)
 
     def _rays(
         self, raw: Tensor, t: Tensor, march: March, **more: Tensor
     ) -> tuple[Any, list[Tensor]]:
-        job = _library().CompositeJob()
-        job.march, job.threads = _march(_library(), march), torch.get_num_threads()
+        library = self.place.library
+        job = library.CompositeJob()
+        job.march, job.threads = _march(library, march), torch.get_num_threads()
         job.rays, job.march.samples = t.numel() // t.shape[-1], t.shape[-1]
         alive = []
         for name, tensor in {"raw": raw, "t": t, **more}.items():
@@ -540,13 +541,16 @@ class Passes:
         return self._project(sinogram, pixels, sinogram.new_empty(T, W, W), 1)
 
     def _project(self, source: Tensor, pixels: Tensor, result: Tensor, adjoint: int) -> Tensor:
-        source, pixels = source.contiguous(), pixels.contiguous()
-        job = _library().ProjectJob()
+        mapping, source, pixels = pixels, source.contiguous(), pixels.contiguous()
+        job = self.place.library.ProjectJob()
         job.threads, job.adjoint = torch.get_num_threads(), adjoint
         job.tasks, job.angles, job.size = pixels.shape[:3]
         job.pixels, job.to = pixels.data_ptr(), result.data_ptr()
         setattr(job, "from", source.data_ptr())
-        job.run(self.isa, source.dtype == torch.float64)
+        if adjoint and isinstance(self.place, Device):
+            alive = _inverse(mapping)
+            job.order, job.starts = (tensor.data_ptr() for tensor in alive)
+        self.place.run(job, source)
         return result
 
 

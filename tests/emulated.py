@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+
+from fastmeta import cuda_build
 
 CSRC = Path(__file__).parents[1] / "csrc"
 MODES = ("fp32", "tf32", "fp16", "bf16")
@@ -51,6 +55,15 @@ def build(folder: Path, variants: list[tuple[int, str]], *flags: str, jobs: int 
             which = [f"-DFM_WIDTH={width}", f"-DFM_MODE={MODES.index(mode)}"]
             which += [f"-DFM_MODE_NAME={mode}", "-x", "c++", "-c", str(CSRC / "cuda/variant.cu")]
             commands.append([*compiler, *which, "-o", str(made.parent / f"{width}{mode}.o")])
+        for i, mode in enumerate(MODES):
+            which = [f"-DFM_MODE={i}", f"-DFM_MODE_NAME={mode}", "-x", "c++", "-c"]
+            source = str(CSRC / "cuda/layered.cu")
+            commands.append(
+                [*compiler, *which, source, "-o", str(made.parent / f"layered_{mode}.o")]
+            )
+        for name in cuda_build.COMMON:
+            source = ["-x", "c++", "-c", str(CSRC / f"cuda/{name}.cu")]
+            commands.append([*compiler, *source, "-o", str(made.parent / f"{name}.o")])
         listed = ",".join(f"&kVariant_{w}_{m}" for w, m in variants)
         which = ["-DFM_MODULE=_emulated", f"-DFM_ONLY={listed}", "-c"]
         binding = str(CSRC / "cuda/binding.cpp")
@@ -63,6 +76,7 @@ def build(folder: Path, variants: list[tuple[int, str]], *flags: str, jobs: int 
     return made
 
 
+@functools.cache
 def load(path: Path) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader("_emulated", str(path))
     spec = importlib.util.spec_from_file_location("_emulated", path, loader=loader)
@@ -71,3 +85,30 @@ def load(path: Path) -> ModuleType:
     loader.exec_module(module)
     sys.modules.setdefault("_emulated", module)
     return module
+
+
+def run_sanitized(build, variant: tuple[int, str], code: str) -> None:
+    """Runs code, to which ``library`` is a module built with AddressSanitizer and UBSan, in
+    a process of its own."""
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += ["-fno-omit-frame-pointer", "-Wno-maybe-uninitialized", "-D_GLIBCXX_ASSERTIONS"]
+    path = build([variant], *flags)
+    before = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import emulated
+from fastmeta import native
+library = emulated.load({str(path)!r})
+"""
+    find = ["g++", "-print-file-name=libasan.so"], ["g++", "-print-file-name=libubsan.so"]
+    preload = " ".join(subprocess.check_output(f, text=True).strip() for f in find)
+    env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{before}{code}\nprint('clean')"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=CSRC.parent,
+    )
+    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]

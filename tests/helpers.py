@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastmeta as fm
+from fastmeta import reference
 from fastmeta.spec import ACTIVATIONS
 
 # The workers under test: those that FASTMETA_TEST_IMPLS names, else those that run here.
@@ -85,3 +86,15 @@ def error(a: Tensor, b: Tensor) -> float:
     if not torch.isfinite(a).all():
         return math.inf
     return float((a - b).norm() / b.norm().clamp(min=1e-300))
+
+
+def cancelling(raw, t, march, vraw, vt, g) -> dict[int, float]:
+    """How large the terms are that cancel in aċc (output 7), which is 0 where α_S = 1, and in t̄̇
+    (output 9): ``Σ |ẇ|``, and the tangent of ``s T e w̄``, from which the later samples' part is
+    taken."""
+    b = reference.Dual(t, vt)
+    *_, m = reference.composite_forward(reference.Dual(raw, vraw), b, march)
+    gw = (g[0][..., None, :] * (m.colour - float(march.white_background))).sum(-1)
+    gw = gw + g[1][..., None] * b + g[2][..., None]
+    own = m.density * (m.T * m.e * gw)
+    return {7: float(m.w.d.abs().sum(-1).norm()), 9: float(own.d[..., :-1].norm())}

@@ -50,6 +50,7 @@ BOUNDS = {
 # Meta-gradient on meta-trained weights, first and last layer in fp32: cosine to float64.
 COSINES = {"fp32": 0.9999, "tf32": 0.999, "fp16": 0.999, "bf16": 0.99}
 PASSES = ("mlp_grad", "mlp_dual", "loss_grad", "loss_hvp", "adapt", "maml")
+COMPOSITING = ("composite", "composite_grad", "composite_dual")
 # Which bound an output of a pass is held to, one letter each: value, gradient, dual, - (not ours).
 KINDS = {
     "mlp": "v",
@@ -62,6 +63,7 @@ KINDS = {
     "maml": "vdd",
     "composite": "vvv",
     "composite_grad": "gg",
+    "composite_dual": "dd-dd",  # aċc is 0 where a ray ends in something opaque
     "project": "v",
     "project_adjoint": "v",
 }
@@ -280,11 +282,14 @@ def measured_cases() -> list[Case]:
 def operator_cases() -> list[Case]:
     """Compositing and projection by themselves."""
 
-    def compositing(S: int, back: bool) -> Callable[[str], tuple[tuple, dict]]:
+    def compositing(S: int, name: str) -> Callable[[str], tuple[tuple, dict]]:
         def make(device: str) -> tuple[tuple, dict]:
             raw, t = rand(3, 11, S, 4, low=-2, high=2), rand(3, 11, S).cumsum(-1)
             bars = (rand(3, 11, 3, seed=7), rand(3, 11, seed=8), rand(3, 11, seed=9))
-            more = bars if back else ()
+            along = (rand(3, 11, S, 4, seed=5), rand(3, 11, S, seed=6))
+            more = {"composite": (), "composite_grad": bars, "composite_dual": (*along, *bars)}[
+                name
+            ]
             args = tuple(single(a, device) for a in (raw, t, *more))
             return (*args[:2], fm.March(S), *args[2:]), {}
 
@@ -300,8 +305,8 @@ def operator_cases() -> list[Case]:
 
     found = []
     for S in (2, 64, 128, 300):
-        found.append(Case(f"S{S}", "composite", "fp32", compositing(S, False)))
-        found.append(Case(f"S{S}", "composite_grad", "fp32", compositing(S, True)))
+        for name in COMPOSITING:
+            found.append(Case(f"S{S}", name, "fp32", compositing(S, name)))
     found.append(Case("W31", "project", "fp32", projecting(False)))
     found.append(Case("W31", "project_adjoint", "fp32", projecting(True)))
     return found
@@ -355,7 +360,8 @@ def refusals(impl: str, case: Case, args: tuple) -> list[str]:
     net = args[0] if isinstance(args[0], fm.MLP) else None
     measure = next((a.measure_name for a in args if isinstance(a, fm.Batch)), "none")
     ops = {"mlp_grad": "mlp", "mlp_dual": "mlp", "loss": "loss_grad"}
-    op = ops.get(case.name, case.name.removesuffix("_grad" if net is None else "?"))
+    ops |= {"project_adjoint": "project", **dict.fromkeys(COMPOSITING, "composite")}
+    op = ops.get(case.name, case.name)
     order = 2 if case.name in ("mlp_dual", "loss_hvp", "maml") else 1
     given = (op, torch.float32, "cuda", case.precision, net, measure, None, order)
     return dispatch.load(impl)[0].objections(dispatch.Case(*given))

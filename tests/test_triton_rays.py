@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from helpers import error, generator, rand
+from helpers import cancelling, error, generator, rand
 from torch import Tensor
 
 import fastmeta as fm
@@ -94,18 +94,6 @@ def bars(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
         rand(*shape, seed=6, low=-1),
         rand(*shape, seed=7, low=-1),
     )
-
-
-def cancelling(raw, t, march, vraw, vt, g) -> dict[int, float]:
-    """How large the terms are that cancel in aċc (output 7), which is 0 where α_S = 1, and in t̄̇
-    (output 9): ``Σ |ẇ|``, and the tangent of ``s T e w̄``, from which the later samples' part is
-    taken."""
-    b = reference.Dual(t, vt)
-    *_, m = reference.composite_forward(reference.Dual(raw, vraw), b, march)
-    gw = (g[0][..., None, :] * (m.colour - float(march.white_background))).sum(-1)
-    gw = gw + g[1][..., None] * b + g[2][..., None]
-    own = m.density * (m.T * m.e * gw)
-    return {7: float(m.w.d.abs().sum(-1).norm()), 9: float(own.d[..., :-1].norm())}
 
 
 def single(*tensors: Tensor) -> tuple[Tensor, ...]:

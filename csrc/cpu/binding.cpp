@@ -59,6 +59,12 @@ const IsaTable& find(const char* name) {
                         "' is not one this processor runs");
 }
 
+void run(const IsaTable& table, const Job& job, bool wide) { table.run[wide](job, arena); }
+void run(const IsaTable& table, const CompositeJob& job, bool wide) {
+  table.composite[wide](job, arena);
+}
+void run(const IsaTable& table, const ProjectJob& job, bool wide) { table.project[wide](job); }
+
 py::tuple isas() {
   py::list names;
   for (const IsaTable* table : kTables)
@@ -118,41 +124,14 @@ void Arena::poison(bool on) { poisoned = on; }
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace fastmeta;
-  bind_structs(m, [](py::class_<Job>& c) {
-    c.def("run", [](const Job& job, const char* isa, bool wide) {
+  bind_structs(m, [](auto& c) {
+    using C = typename std::decay_t<decltype(c)>::type;
+    c.def("run", [](const C& job, const char* isa, bool wide) {
       const IsaTable& table = find(isa);
       py::gil_scoped_release release;
-      table.run[wide](job, arena);
+      run(table, job, wide);
     });
   });
-  {
-    using C = CompositeJob;
-    py::class_<C> c(m, "CompositeJob");
-    c.def(py::init<>());
-    FM_FIELD(march), FM_FIELD(threads), FM_FIELD(rays), FM_POINTER(raw), FM_POINTER(t),
-        FM_POINTER(vraw);
-    FM_POINTER(vt), FM_POINTER(grgb), FM_POINTER(gdepth), FM_POINTER(gacc), FM_POINTER(rgb),
-        FM_POINTER(depth);
-    FM_POINTER(acc), FM_POINTER(graw), FM_POINTER(gt);
-    c.def("run", [](const C& job, const char* isa, bool wide) {
-      const IsaTable& table = find(isa);
-      py::gil_scoped_release release;
-      table.composite[wide](job, arena);
-    });
-  }
-  {
-    using C = ProjectJob;
-    py::class_<C> c(m, "ProjectJob");
-    c.def(py::init<>());
-    FM_FIELD(threads), FM_FIELD(tasks), FM_FIELD(angles), FM_FIELD(size), FM_POINTER(pixels),
-        FM_POINTER(from);
-    FM_POINTER(to), FM_FIELD(adjoint);
-    c.def("run", [](const C& job, const char* isa, bool wide) {
-      const IsaTable& table = find(isa);
-      py::gil_scoped_release release;
-      table.project[wide](job);
-    });
-  }
   m.def("isas", isas, "Instruction sets this processor runs, the widest first.");
   m.def("fma_peak", fma_peak);
   m.def("poison", &Arena::poison, "Fill working memory with NaN before each call.");

@@ -43,6 +43,10 @@ FM_HOST_DEVICE float float_of(uint32_t u) {
   memcpy(&x, &u, 4);
   return x;
 }
+// The count of arrivals at which all blocks of a team are there, from what it was before one's own.
+FM_HOST_DEVICE uint32_t all_arrived(uint32_t before, uint32_t blocks) {
+  return before - before % blocks + blocks;
+}
 
 #if defined(FM_EMULATE)
 
@@ -51,11 +55,30 @@ FM_DEVICE int block_x() { return emulator::block.x; }
 FM_DEVICE int block_y() { return emulator::block.y; }
 FM_DEVICE int blocks_y() { return emulator::grid.y; }
 FM_DEVICE char* shared_memory() { return emulator::shared; }
-// __COUNTER__ numbers the places where a block meets: the emulator can leave one out.
-#define FM_MEET() emulator::meet(__COUNTER__)
+// __COUNTER__ numbers the places where a block meets, from FM_PLACES on in each source: the emulator
+// can leave one out.
+#ifndef FM_PLACES
+#define FM_PLACES 0
+#endif
+#define FM_MEET() emulator::meet(FM_PLACES + __COUNTER__)
+// The blocks of a team meet: those of one x.
+#define FM_MEET_TEAM(cluster, arrived) meet_team(FM_PLACES + __COUNTER__, cluster, arrived)
+// A count of arrivals is kept as on the device, where a team that is no cluster waits for it.
+inline void meet_team(int place, bool cluster, uint32_t* arrived) {
+  const uint32_t blocks = static_cast<uint32_t>(blocks_y());
+  const bool counts = place != emulator::skipped && !cluster && blocks > 1 && thread_index() == 0;
+  const uint32_t before = counts ? (*arrived)++ : 0, all = all_arrived(before, blocks);
+  emulator::meet(place, emulator::State::kMeetingTeam);
+  if (counts && (before > 1u << 30 || *arrived < all || *arrived > all + blocks))
+    emulator::fault = "the count of a team's arrivals is off";
+}
+FM_DEVICE const float* of_rank(const float* p, int rank) { return emulator::of_rank(p, rank); }
 
 FM_DEVICE float shuffle_xor(float x, int mask) {
   return float_of(emulator::exchange(bits_of(x), mask));
+}
+FM_DEVICE float shuffle_from(float x, int lane) {
+  return float_of(emulator::exchange_from(bits_of(x), lane));
 }
 FM_DEVICE void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   emulator::load_matrices(r, row, transposed);
@@ -92,8 +115,47 @@ FM_DEVICE char* shared_memory() {
   return fastmeta_shared;
 }
 #define FM_MEET() __syncthreads()
+#define FM_MEET_TEAM(cluster, arrived) meet_team(cluster, arrived)
+
+// The blocks of one x meet, and what each wrote is there for all: as a cluster, or, where they are
+// all resident, by counting arrivals. The count only grows, from 0 at the launch.
+FM_DEVICE void meet_team(bool cluster, uint32_t* arrived) {
+  if (cluster) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#else
+    __trap();
+#endif
+    return;
+  }
+  __syncthreads();
+  const uint32_t blocks = gridDim.y;
+  if (blocks == 1) return;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const uint32_t all = all_arrived(atomicAdd(arrived, 1u), blocks);
+    uint32_t now;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+    } while (now < all);
+    __threadfence();
+  }
+  __syncthreads();
+}
+// What lies in the shared memory of the cluster's block of that rank where p lies in this one's.
+FM_DEVICE const float* of_rank(const float* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t at;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(p), "r"(rank));
+  return reinterpret_cast<const float*>(at);
+#else
+  return rank ? nullptr : p;
+#endif
+}
 
 FM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// The x of a lane, modulo 32.
+FM_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 // Four 8 x 8 matrices of 16-bit numbers; lane i names row i % 8 of matrix i / 8. Register m of lane
 // 4 g + t holds (g, 2t) and (g, 2t+1) of matrix m; transposed, (2t, g) and (2t+1, g).

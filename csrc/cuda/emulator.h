@@ -1,9 +1,11 @@
-// A CUDA block on the CPU: one fiber for each thread, exact fragments, poisoned shared memory.
+// CUDA blocks on the CPU: one fiber for each thread, exact fragments, poisoned shared memory.
 //
 // The schedule is warp-first: a warp, picked at random, runs as far as it can, to the next meeting
 // of the block. A missing meeting then reads what was never written, or what is already written
-// over; in lock-step it would pass unseen. Shared memory is NaN at the start of each block. Not
-// modelled: the memory model, bank conflicts, register limits; cp.async and the like are absent.
+// over; in lock-step it would pass unseen. The blocks of a team are there together, and one of them,
+// picked at random, runs as far as it can, to the next meeting of the team. Shared memory is NaN at
+// the start of each block and again when it ends. Not modelled: the memory model, bank conflicts,
+// register limits; cp.async and the like are absent.
 #pragma once
 
 #include <ucontext.h>
@@ -21,12 +23,13 @@
 #include <vector>
 
 namespace fastmeta {
+
 namespace emulator {
 
 struct Place {
   int x = 0, y = 0;
 };
-enum class State { kReady, kMeeting, kExchanging, kDone };
+enum class State { kReady, kMeeting, kMeetingTeam, kExchanging, kDone };
 struct Fiber {
   ucontext_t context;
   jmp_buf jump;
@@ -45,17 +48,27 @@ struct Warp {
 
 constexpr size_t kStack = 1 << 18;
 inline Place block, grid;
-inline char* shared = nullptr;
-inline std::vector<Fiber> fibers;
+inline char* shared = nullptr;       // of the block that runs
+inline std::vector<char*> memories;  // of all blocks of the team
+inline std::vector<Fiber> fibers;    // of the team, block after block
 inline std::vector<Warp> warps;
 inline std::function<void()> body;
-inline int current = 0, skipped = -1, threads = 0;
+inline int current = 0, skipped = -1, threads = 0;  // current: of the team; threads: of a block
+inline int base = 0;                                // y of the team's first block
+// The device: blocks of a cluster at most (1: it has none), blocks that it holds at once; and how
+// many multiprocessors work is dealt out for.
+inline int cluster_limit = 8, block_limit = 1 << 20, multiprocessors = 132;
 inline uint64_t seed = 0;
 inline std::string fault;
 inline ucontext_t scheduler;
 inline jmp_buf scheduler_jump;
 
-inline int thread() { return current; }
+inline int thread() { return current % threads; }
+// What lies in another block's shared memory where p lies in this one's.
+inline const float* of_rank(const float* p, int rank) {
+  return reinterpret_cast<const float*>(memories[rank] +
+                                        (reinterpret_cast<const char*>(p) - shared));
+}
 
 // What returns twice stays out of its callers: their variables may lie in registers.
 #define FM_OUT_OF_LINE inline __attribute__((noinline))
@@ -87,13 +100,12 @@ inline void start() {
 }
 
 // All threads of the block meet; at the skipped place nobody waits.
-inline void meet(int place) {
+inline void meet(int place, State state = State::kMeeting) {
   if (place == skipped) return;
-  fibers[current].state = State::kMeeting;
+  fibers[current].state = state;
   fibers[current].place = place;
   leave();
 }
-
 // Leaves this lane's words where the warp sees them, and waits for the other lanes.
 inline const Words (&gather(const Words& mine))[32] {
   Fiber& f = fibers[current];
@@ -105,11 +117,12 @@ inline const Words (&gather(const Words& mine))[32] {
   return all;
 }
 
-inline uint32_t exchange(uint32_t x, int mask) {
+inline uint32_t exchange_from(uint32_t x, int lane) {
   Words mine = {};
   mine.w[0] = x;
-  return gather(mine)[(current % 32) ^ mask].w[0];
+  return gather(mine)[lane & 31].w[0];
 }
+inline uint32_t exchange(uint32_t x, int mask) { return exchange_from(x, current % 32 ^ mask); }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   Words mine = {};
@@ -237,13 +250,12 @@ inline bool run_warp(int w) {  // true if any lane moved
   return moved;
 }
 
-inline bool release() {  // true if the block met
-  int place = -1;
-  for (Fiber& f : fibers) {
-    if (f.state != State::kMeeting || (place >= 0 && f.place != place)) return false;
-    place = f.place;
-  }
-  for (Fiber& f : fibers) f.state = State::kReady;
+// True if all threads from first to last met.
+inline bool release(int first, int last, State state) {
+  const int place = fibers[first].place;
+  for (int i = first; i < last; ++i)
+    if (fibers[i].state != state || fibers[i].place != place) return false;
+  for (int i = first; i < last; ++i) fibers[i].state = State::kReady;
   return true;
 }
 
@@ -259,42 +271,79 @@ FM_OUT_OF_LINE void prepare(Fiber& f) {
   f.parity = 0;
 }
 
-inline bool run_block(std::mt19937_64& random) {
-  for (Fiber& f : fibers) prepare(f);
-  std::vector<int> order(warps.size());
-  for (;;) {
-    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+inline bool is_done(int first, int last) {
+  for (int i = first; i < last; ++i)
+    if (fibers[i].state != State::kDone) return false;
+  return true;
+}
+
+inline int pick(std::vector<int>& some, std::mt19937_64& random) {
+  std::uniform_int_distribution<size_t> any(0, some.size() - 1);
+  const size_t at = any(random);
+  const int one = some[at];
+  some.erase(some.begin() + static_cast<std::ptrdiff_t>(at));
+  return one;
+}
+inline std::vector<int> up_to(int count) {
+  std::vector<int> all;
+  for (int i = 0; i < count; ++i) all.push_back(i);
+  return all;
+}
+
+// A block, to a meeting of the team or to its end; true if any thread moved.
+inline bool run_block(int rank, std::mt19937_64& random) {
+  block.y = base + rank;
+  shared = memories[rank];
+  const int first = rank * threads, last = first + threads;
+  for (bool any = false;;) {
     bool moved = false;
-    while (!order.empty()) {
-      std::uniform_int_distribution<size_t> pick(0, order.size() - 1);
-      const size_t at = pick(random);
-      moved = run_warp(order[at]) || moved;
-      order.erase(order.begin() + static_cast<std::ptrdiff_t>(at));
-    }
-    order.resize(warps.size());
-    bool done = true;
-    for (Fiber& f : fibers) done = done && f.state == State::kDone;
-    if (done) return true;
-    if (!release() && !moved) return false;  // some wait at another place, or a warp is divided
+    for (std::vector<int> order = up_to(threads / 32); !order.empty();)
+      moved = run_warp(first / 32 + pick(order, random)) || moved;
+    any = any || moved;
+    if (!release(first, last, State::kMeeting) && !moved) return any;
   }
 }
 
-// Every block of the grid, one after the other. False: threads wait for each other for ever.
-inline bool launch(Place blocks, int count, size_t bytes, std::function<void()> kernel) {
+// Blocks that are there together; false: threads wait at different places, or a warp is divided.
+inline bool run_team(size_t bytes, std::mt19937_64& random) {
+  const int blocks = static_cast<int>(memories.size());
+  for (int i = 0; i < blocks * threads; ++i) prepare(fibers[i]);
+  for (char* one : memories) std::memset(one, 0xff, bytes);
+  for (;;) {
+    bool moved = false;
+    for (std::vector<int> order = up_to(blocks); !order.empty();) {
+      const int rank = pick(order, random);
+      moved = run_block(rank, random) || moved;
+      if (is_done(rank * threads, (rank + 1) * threads)) std::memset(memories[rank], 0xff, bytes);
+    }
+    if (is_done(0, blocks * threads)) return true;
+    if (!release(0, blocks * threads, State::kMeetingTeam) && !moved) return false;
+  }
+}
+
+// Every block of the grid, one after the other; the blocks of a team, which share an x, together.
+// False: threads wait for each other for ever.
+inline bool launch(Place blocks, int count, size_t bytes, std::function<void()> kernel,
+                   bool teams = false) {
   std::mt19937_64 random(seed);
-  std::vector<char> memory(bytes + 16);
-  void* at = memory.data();
-  size_t space = bytes + 16;
-  shared = static_cast<char*>(std::align(16, bytes, at, space));
+  const size_t room = (bytes + 31) / 16 * 16;
+  const int side = teams ? blocks.y : 1;
+  std::vector<char> memory(side * room);
+  memories.clear();
+  for (int i = 0; i < side; ++i) {
+    void* at = memory.data() + i * room;
+    size_t space = room;
+    memories.push_back(static_cast<char*>(std::align(16, bytes, at, space)));
+  }
   threads = count;
-  if (static_cast<int>(fibers.size()) != count) fibers = std::vector<Fiber>(count);
-  warps.resize(count / 32);
+  if (static_cast<int>(fibers.size()) < side * count) fibers.resize(side * count);
+  warps.resize(side * count / 32);
   body = std::move(kernel);
   grid = blocks;
-  for (block.y = 0; block.y < blocks.y; ++block.y)
+  for (int y = 0; y < blocks.y; y += side)
     for (block.x = 0; block.x < blocks.x; ++block.x) {
-      std::memset(shared, 0xff, bytes);
-      if (!run_block(random)) return false;
+      base = y;
+      if (!run_team(bytes, random)) return false;
     }
   return true;
 }

@@ -59,6 +59,18 @@ FM_DEVICE void store_pair(Operand<kMode>* to, float low, float high) {
   }
 }
 
+// One number, rounded.
+template <Mode kMode>
+FM_DEVICE void store_one(Operand<kMode>* to, float x) {
+  if constexpr (kMode == Mode::kFp16) {
+    *to = static_cast<uint16_t>(pack_half(x, 0.0f));
+  } else if constexpr (kMode == Mode::kBf16) {
+    *to = static_cast<uint16_t>(pack_bfloat(x, 0.0f));
+  } else {
+    *to = kMode == Mode::kTf32 ? float_of(to_tf32(x)) : x;
+  }
+}
+
 // An operand in shared memory. Element (i, j) of the product's A (row, k) or B (k, column) is its
 // (i, j) or, flipped, (j, i).
 template <Mode kMode, int kWidth>

@@ -1,104 +1,58 @@
-// Whole tasks by one block each: single passes, K inner steps, and the walk back over them.
+// Whole tasks by one block each, or by a team of blocks: single passes, K inner steps, and the walk
+// back over them.
 //
 //   adapt     θ_{k+1} = θ_k − α_k ⊙ u_k, losses[k] = L_k(θ_k)
 //   maml      the same, then λ_K = ∇L_query(θ_K) / T (plain kernel); then
 //             λ_k = λ_{k+1} + H_k ḡ_k (+ ω ḡ_k), ā_k = −λ_{k+1} ⊙ u_k (dual kernel)
 //
-// Single passes of few tasks share the points of a task among blocks, whose sums a small second
-// kernel adds in order. One launch runs all steps of all tasks; the operands stay in shared memory for a pass, θ, the
-// rule's states and λ are float32 in device memory, which is read and written once a step by the
-// block that owns the task: 8 bytes a parameter and step against 24 multiply-adds a parameter and
-// 64 points. Sums over tasks are a small second kernel, in the order of the tasks.
+// One launch runs all steps of all tasks. A pass over a share of a task's tiles leaves a row of
+// sums, in shared memory over the operands, which are done with then; of few tasks with many points
+// there are several shares, run by a team (team.h). The team meets, and each number's owner, a
+// thread that stays its owner, adds the rows in the order of the shares (of more than 16, every
+// fourth by each of four lanes, then the four) and moves its θ, states or λ, which are float32 in
+// device memory, read and written once a step: 8 bytes a parameter and step against 24 multiply-adds
+// a parameter and 64 points. Then the team meets again. Single passes leave the rows to a small
+// second kernel; so are sums over tasks, in the order of the tasks. All sums have a fixed order,
+// which follows from the job, not from the device.
 #pragma once
 
-#include "../math/rules.h"
 #include "tile.h"
+#include "walk.h"
 
 namespace fastmeta {
-
-// Where a task's arrays lie in the room that the caller gives, in floats; size is that of a task.
-struct Room {
-  int64_t thetas, states, updates, lambda, direction, adjoints, rates, size, parameters;
-};
 
 // Worked out before the launch: it lies among the kernel's arguments and takes no registers.
 struct Plan {
   Layout layout;
   Room at;
-  float* room;  // of single passes that several blocks share: a row of P + 1 for each block
+  float* room;        // [T, at.size]
+  int shares;         // of a task's tiles
+  bool cluster;       // a block a share, whose shared memory the others read
+  bool held;          // a block's row lies in its shared memory
+  float* rows;        // [T, shares, P + 1], where they do not
+  uint32_t* arrived;  // [T, kCountStride]: blocks of a team that met, where it is no cluster
 };
+constexpr int kCountStride = 32;  // a line of 128 bytes a task
 
-FM_HOST_DEVICE int64_t count_parameters(const Network& n) {
-  return n.width * (n.in + 1) + (n.depth - 2) * n.width * (n.width + 1) + n.out * (n.width + 1);
-}
-
-FM_HOST_DEVICE int states_of(const Rule& rule) {
-  return rule.kind == RuleKind::k_adam ? 2 : rule.kind == RuleKind::k_momentum ? 1 : 0;
-}
-
-FM_HOST_DEVICE Room room_of(const Job& job) {
-  const int64_t P = count_parameters(job.net), K = job.steps, states = states_of(job.rule);
-  const bool meta = job.op == Op::k_maml, loops = meta || job.op == Op::k_adapt,
-             walks = meta && job.order == 2;
-  Room r = {};
-  const auto take = [&](int64_t count) {
-    const int64_t from = r.size;
-    r.size += count;
-    return from;
-  };
-  r.thetas = take(walks ? (K + 1) * P : meta ? P : 0);
-  r.states = take(loops ? states * P * (walks && job.rule.kind == RuleKind::k_adam ? K : 1) : 0);
-  r.updates = take(meta && job.rates ? K * P : 0);
-  r.lambda = take(meta ? P : 0);
-  r.direction = take(walks ? P : 0);
-  r.adjoints = take(walks ? states * P : 0);
-  r.rates = take(meta && job.rates ? job.rates_size[0] * job.rates_size[2] : 0);
-  r.parameters = P;
-  return r;
-}
-
-template <class S>
-struct Program {
-  const Job& job;
+// kLoops: adapt and maml; else single passes. A kernel each: what the other needs takes no registers.
+template <class S, bool kLoops>
+struct Program : Walk {
+  const Plan& plan;
   Block<S> block;
-  const Room& at;
-  float *room, *part;
-  int64_t task, P;
-  bool walks;
 
-  FM_DEVICE Program(const Job& j, const Plan& plan)
-      : job(j), block(j, plan.layout), at(plan.at), task(block_x()), P(plan.at.parameters) {
-    room = plan.room + task * at.size;
-    part = plan.room + (task * blocks_y() + block_y()) * (P + 1);
-    walks = job.op == Op::k_maml && job.order == 2;
-  }
+  FM_DEVICE Program(const Job& j, const Plan& p)
+      : Walk(j, p.at, p.room, block_x()), plan(p), block(j, p.layout) {}
 
-  FM_DEVICE const float* row(const void* rows, int64_t stride) const {
-    return static_cast<const float*>(rows) + task * stride;
-  }
-  FM_DEVICE float* theta(int64_t k) const {
-    if (job.op == Op::k_maml) return room + at.thetas + (walks ? k * P : 0);
-    if (job.thetas) return static_cast<float*>(job.thetas) + (k * job.data.tasks + task) * P;
-    return static_cast<float*>(job.theta) + task * P;
-  }
-  // State i of the rule after step k.
-  FM_DEVICE float* state(int i, int64_t k) const {
-    const bool placed = walks && job.rule.kind == RuleKind::k_adam;
-    return room + at.states + ((placed ? 2 * k : 0) + i) * P;
-  }
-  FM_DEVICE float rate(int64_t k, int64_t i) const {
-    return static_cast<const float*>(
-        job.lr)[k * job.lr_stride[0] + task * job.lr_stride[1] + i * job.lr_stride[2]];
-  }
+  FM_DEVICE bool meta() const { return kLoops && job.op == Op::k_maml; }
 
   // A pass of the task's loss; adjoints times the power of two nearest to the numbers of its mean.
   FM_DEVICE Pass loss_pass(const Data& data, int64_t step, bool back) const {
     Pass pass;
     pass.data = &data;
     pass.task = task;
-    pass.step = step;
+    pass.step = static_cast<uint32_t>(step);
     pass.back = back;
-    if (S::kMode == Mode::kFp16) {
+    if (S::kMode == Mode::kFp16 && !block.marches(pass)) {  // rays: tile by tile
       const int64_t numbers = block.points_of(pass) * job.net.out;
       while (static_cast<float>(numbers) > 1.4142135f * pass.scale) pass.scale *= 2;
     }
@@ -120,137 +74,167 @@ struct Program {
     return pass;
   }
 
+  // Teams ---
+
+  FM_DEVICE uint32_t* arrived() const { return plan.arrived + task * kCountStride; }
+
+  // Where this block leaves a share's sums, and where they are read.
+  FM_DEVICE float* row_for(int share) const {
+    return plan.held ? block.floats(0) : plan.rows + (task * plan.shares + share) * (P + 1);
+  }
+  FM_DEVICE const float* row_from(int share) const {
+    return plan.cluster ? of_rank(block.floats(0), share) : row_for(share);
+  }
+
+  // This block's shares of a pass; a single pass of one share leaves its sums where they are wanted.
+  FM_DEVICE void run_shares(Pass& pass) {
+    FM_UNROLL_1 for (pass.share = block_y(); pass.share < plan.shares; pass.share += blocks_y()) {
+      if (pass.share >= blocks_y()) FM_MEET();  // the last share's sums are read
+      pass.shares = plan.shares;
+      const float mean = block.run(pass);
+      const bool wanted = !kLoops && plan.shares == 1;
+      float* to = wanted ? static_cast<float*>(gradient_wanted()) + task * P : row_for(pass.share);
+      float* loss = wanted ? loss_wanted(0) : to + P;
+      if (block.tid == 0 && loss && job.op != Op::k_mlp) *loss = mean;
+      const float undo = 1.0f / pass.scale / pass.along;
+      if (pass.back) block.each_gradient([&](int i, float g) { to[i] = undo * g; });
+      if (!kLoops) return;  // a block a share
+    }
+  }
+  FM_DEVICE void* gradient_wanted() const {
+    return S::kDual && job.op == Op::k_loss_hvp ? job.hv : job.grad;
+  }
+  FM_DEVICE float* loss_wanted(int64_t k) const {
+    if (S::kDual || !job.loss) return nullptr;
+    return static_cast<float*>(job.loss) + k * job.data.tasks + task;
+  }
+
+  // The numbers 0 to P have owners among the team's threads: f(i, part) for this thread's; where
+  // four lanes work on one, for each of them, and f comes to whole warps, beyond P too.
+  FM_DEVICE int lanes() const { return plan.shares > 16 ? 4 : 1; }
+  template <class F>
+  FM_DEVICE void each_place(F&& f) const {
+    const int many = 32 / lanes(), lane = block.tid % 32;
+    const int first = (block_y() * S::kWarps + block.warp) * many;
+    FM_UNROLL_1 for (int i = first; i <= P; i += blocks_y() * S::kWarps * many) {
+      f(i + lane % many, lane / many);
+    }
+  }
+  // f(i) for the parameters that this thread owns.
+  template <class F>
+  FM_DEVICE void each_own(F&& f) const {
+    each_place([&](int i, int part) {
+      if (part == 0 && i < P) f(i);
+    });
+  }
+  // f(i, Σ of the shares' place i) for the numbers that this thread owns; number P is the loss.
+  template <class F>
+  FM_DEVICE void each_sum(F&& f) const {
+    constexpr int kBatch = 8;  // loads under way together
+    each_place([&](int i, int part) {
+      float sum = 0;
+      FM_UNROLL_1 for (int s = part; s < plan.shares && i <= P; s += kBatch * lanes()) {
+        float x[kBatch];
+        FM_UNROLL for (int j = 0; j < kBatch; ++j) {
+          const int share = s + j * lanes();
+          x[j] = share < plan.shares ? row_from(share)[i] : 0.0f;
+        }
+        FM_UNROLL for (int j = 0; j < kBatch; ++j) sum += x[j];
+      }
+      if (lanes() > 1) {
+        sum += shuffle_xor(sum, 8);
+        sum += shuffle_xor(sum, 16);
+      }
+      if (part == 0 && i <= P) f(i, sum);
+    });
+  }
+
   // Plain numbers ---
 
   FM_DEVICE void copy(const float* from, float* to) const {
-    for (int64_t i = block.tid; i < P; i += S::kThreads) to[i] = from[i];
-  }
-
-  // One inner step's update of parameter i.
-  FM_DEVICE void step(const RuleAt<float>& rule, int64_t k, int i, float g) const {
-    const int states = states_of(job.rule);
-    const float before = theta(k)[i];
-    float s0 = states > 0 && k ? state(0, k - 1)[i] : 0.0f;
-    float s1 = states > 1 && k ? state(1, k - 1)[i] : 0.0f;
-    const float u = rule_step(rule, before, g, s0, s1);
-    if (states > 0) state(0, k)[i] = s0;
-    if (states > 1) state(1, k)[i] = s1;
-    if (job.op == Op::k_maml && job.rates) room[at.updates + k * P + i] = u;
-    theta(k + 1)[i] = before - rate(k, i) * u;
+    each_own([&](int i) { to[i] = from[i]; });
   }
 
   // Single passes; the K passes of an inner loop; and for maml one more, of the query, which leaves
   // λ_K. One loop for all: the pass is compiled once.
   FM_DEVICE void plain() {
-    const bool meta = job.op == Op::k_maml, loops = meta || job.op == Op::k_adapt;
-    const bool given = job.op == Op::k_mlp || job.op == Op::k_mlp_grad;
-    const bool back = job.op != Op::k_mlp && job.op != Op::k_loss;
-    const int64_t steps = loops ? job.steps : 0, passes = steps + (meta || !loops ? 1 : 0);
-    if (loops) copy(row(job.params, job.params_stride), theta(0));
-    FM_UNROLL_1 for (int64_t k = 0; k < passes; ++k) {
-      if (loops) FM_MEET();  // θ_k is written
+    const bool given = !kLoops && (job.op == Op::k_mlp || job.op == Op::k_mlp_grad);
+    const bool back = kLoops || (job.op != Op::k_mlp && job.op != Op::k_loss);
+    const int steps = kLoops ? static_cast<int>(job.steps) : 0;
+    const int passes = steps + (meta() || !kLoops ? 1 : 0);
+    if (kLoops) copy(row(job.params, job.params_stride), theta(0));
+    FM_UNROLL_1 for (int k = 0; k < passes; ++k) {
+      if (kLoops) FM_MEET_TEAM(plan.cluster, arrived());  // θ_k is written, the last rows are read
       const bool last = k == steps;
-      const Data& data = meta && last && job.query.tasks ? job.query : job.data;
-      const Pass pass = given ? given_pass(back) : loss_pass(data, loops ? k : job.step, back);
-      block.load_parameters(loops ? theta(k) : row(job.params, job.params_stride), 0, 1.0f);
-      const float loss = block.run(pass);
-      const bool shared = !loops && blocks_y() > 1;  // with other blocks
-      if (block.tid == 0 && shared && job.op != Op::k_mlp) {
-        part[P] = loss;
-      } else if (block.tid == 0 && job.loss && (last || !meta)) {
-        static_cast<float*>(job.loss)[(last ? 0 : k * job.data.tasks) + task] = loss;
-      }
-      if (!back) return;
-      const float undo = 1.0f / pass.scale;
-      const float share = meta ? undo / static_cast<float>(job.data.tasks) : undo;
-      float* to = shared ? part
-                  : meta ? room + at.lambda
-                         : static_cast<float*>(job.grad) + task * P;
+      const Data& data = meta() && last && job.query.tasks ? job.query : job.data;
+      Pass pass = given ? given_pass(back) : loss_pass(data, kLoops ? k : job.step, back);
+      block.load_parameters(kLoops ? theta(k) : row(job.params, job.params_stride), 0, 1.0f);
+      run_shares(pass);
+      if (!kLoops) return;
+      FM_MEET_TEAM(plan.cluster, arrived());  // the rows are left
       const RuleAt<float> rule = rule_at<float>(job.rule, k);
-      block.each_gradient([&](int i, float g) {
-        if (last) {
-          to[i] = share * g;
+      each_sum([&](int i, float g) {
+        if (i == P) {
+          float* loss = loss_wanted(last ? 0 : k);
+          if (loss && (last || !meta())) *loss = g;
+        } else if (last) {
+          room[at.lambda + i] = g / static_cast<float>(job.data.tasks);
         } else {
-          step(rule, k, i, undo * g);
+          step(rule, k, i, g);
         }
       });
     }
-    if (meta ? !job.rates || walks : !job.thetas) return;
-    FM_MEET();
-    if (job.thetas) return copy(theta(steps), static_cast<float*>(job.theta) + task * P);
-    for (int64_t k = steps - 1; k >= 0; --k) add_rates(k);  // λ stays what it is
+    if (job.thetas) copy(theta(steps), static_cast<float*>(job.theta) + task * P);
+    if (meta() && job.rates && !walks) {
+      FM_MEET_TEAM(plan.cluster, arrived());                  // λ is written
+      for (int64_t k = steps - 1; k >= 0; --k) add_rates(k);  // it stays what it is
+    }
+    if (plan.cluster) FM_MEET_TEAM(true, arrived());  // this block's rows are read
   }
 
-  // ā_k = −λ ⊙ u_k, summed over what the rates share, tasks excepted.
+  // ā_k = −λ ⊙ u_k, summed over what the rates share, tasks excepted; over parameters by one block,
+  // in an order that knows of no team.
   FM_DEVICE void add_rates(int64_t k) {
-    const int64_t *size = job.rates_size, kr = size[0] > 1 ? k : 0;
-    const bool fresh = size[0] > 1 || k == job.steps - 1;
-    const float *lambda = room + at.lambda, *u = room + at.updates + k * P;
-    float* to = room + at.rates + kr * size[2];
-    if (size[2] > 1) {
-      for (int64_t i = block.tid; i < P; i += S::kThreads)
-        to[i] = (fresh ? 0.0f : to[i]) - lambda[i] * u[i];
+    if (job.rates_size[2] > 1) {
+      each_own([&](int i) { add_rate(k, i); });
       return;
     }
+    if (block_y() < blocks_y() - 1) return;
+    const float *lambda = room + at.lambda, *u = room + at.updates + k * P;
     float sum = 0;
     for (int64_t i = block.tid; i < P; i += S::kThreads) sum = fused(lambda[i], u[i], sum);
     sum = block.block_sum(sum);
+    bool fresh;
+    float* to = rates(k, fresh);
     if (block.tid == 0) *to = (fresh ? 0.0f : *to) - sum;
   }
 
   // Dual numbers ---
 
-  // ū = −α ⊙ λ through the rule's step k: the direction ḡ of the Hessian-vector product.
-  FM_DEVICE void turn_back(int64_t k) {
-    const RuleAt<float> rule = rule_at<float>(job.rule, k);
-    const int states = states_of(job.rule);
-    const bool last = k == job.steps - 1;
-    const float* lambda = room + at.lambda;
-    float *a0 = room + at.adjoints, *a1 = a0 + P, *to = room + at.direction;
-    for (int64_t i = block.tid; i < P; i += S::kThreads) {
-      float g = 0, m = 0, v = 0, x0 = 0, x1 = 0;
-      if (states > 1) {
-        m = state(0, k)[i];
-        v = state(1, k)[i];
-        g = (m - (k ? rule.beta1 * state(0, k - 1)[i] : 0.0f)) / rule.gain1;
-      }
-      if (states > 0 && !last) x0 = a0[i];
-      if (states > 1 && !last) x1 = a1[i];
-      to[i] = rule_adjoint(rule, -rate(k, i) * lambda[i], g, m, v, x0, x1);
-      if (states > 0) a0[i] = x0;
-      if (states > 1) a1[i] = x1;
-    }
-  }
-
   // Single dual passes, and the walk back: ḡ, H ḡ, λ of one step after the other.
   FM_DEVICE void dual() {
-    const bool meta = job.op == Op::k_maml, given = job.op == Op::k_mlp_dual;
-    float *lambda = room + at.lambda, *direction = room + at.direction;
-    float* to = blocks_y() > 1 ? part : static_cast<float*>(given ? job.grad : job.hv) + task * P;
-    const float decay =
-        job.rule.kind == RuleKind::k_momentum ? static_cast<float>(job.rule.weight_decay) : 0.0f;
-    FM_UNROLL_1 for (int64_t k = meta ? job.steps - 1 : 0; k >= 0; --k) {
-      if (meta) {
+    const bool given = !kLoops && job.op == Op::k_mlp_dual;
+    const float* direction = room + at.direction;
+    FM_UNROLL_1 for (int k = kLoops ? static_cast<int>(job.steps) - 1 : 0; k >= 0; --k) {
+      if (kLoops) {
+        const RuleAt<float> rule = rule_at<float>(job.rule, k);
+        each_own([&](int i) { turn_back(rule, k, i); });
+        FM_MEET_TEAM(plan.cluster, arrived());  // the direction is written, the last rows are read
         if (job.rates) add_rates(k);
-        turn_back(k);
-        FM_MEET();  // the direction is written
       }
-      Pass pass = given ? given_pass(true) : loss_pass(job.data, meta ? k : job.step, true);
-      const float* v = meta ? direction : row(job.v, job.v_stride);
+      Pass pass = given ? given_pass(true) : loss_pass(job.data, kLoops ? k : job.step, true);
+      const float* v = kLoops ? direction : row(job.v, job.v_stride);
       pass.along = power_along(pass, v);
-      block.load_parameters(meta ? theta(k) : row(job.params, job.params_stride), 0, 1.0f);
+      block.load_parameters(kLoops ? theta(k) : row(job.params, job.params_stride), 0, 1.0f);
       block.load_parameters(v, 1, pass.along);
-      block.run(pass);
-      const float undo = 1.0f / pass.scale / pass.along;
-      block.each_gradient([&](int i, float g) {
-        if (meta) {
-          lambda[i] += undo * g + decay * direction[i];
-        } else {
-          to[i] = undo * g;
-        }
+      run_shares(pass);
+      if (!kLoops) return;
+      FM_MEET_TEAM(plan.cluster, arrived());  // the rows are left
+      each_sum([&](int i, float g) {
+        if (i < P) pull(i, g);
       });
-      if (meta) FM_MEET();  // λ is written
     }
+    if (plan.cluster) FM_MEET_TEAM(true, arrived());  // this block's rows are read
   }
 
   // The power of two on the tangents, from the largest of v and w.
@@ -267,10 +251,10 @@ struct Program {
   }
 };
 
-template <class S>
+template <class S, bool kLoops>
 FM_KERNEL void FM_BOUNDS(S::kThreads, S::kBlocks)
     resident(FM_CONSTANT Job job, FM_CONSTANT Plan plan) {
-  Program<S> program(job, plan);
+  Program<S, kLoops> program(job, plan);
   if constexpr (S::kDual) {
     program.dual();
   } else {

@@ -27,20 +27,20 @@
 //   width  threads  points (dual)  registers (dual)  KiB of shared memory at depth 4 (dual)
 //   16     128      64 (64)        128 (168)         16-bit 30 (61), others 43 (76)
 //   32     128      64 (32)        128 (168)         47 (65), 74 (85)
-//   64     256      64 (32)        128 (222)         113 (157): two blocks a multiprocessor
-//   64     256      32 (16)        168 (168)         fp32 and tf32: 122 (160)
+//   64     256      64 (32)        128 (192)         113 (157): two blocks a multiprocessor
+//   64     256      32 (16)        147 (134)         fp32 and tf32: 122 (160)
 //
-// Registers as ptxas 13.0 reports them on sm_90; no spills, but for 32 bytes of the plain kernel of
-// width 64 in fp16 (none where the edge layers read one number a load, at 1.3 KB a point more).
+// Registers as ptxas 13.0 reports them on sm_90, of the inner loops' kernels, single passes take no
+// more; no spills (sm_80: one register at width 64 in fp16, plain).
 // Dropped: rows of 16-bit operands padded by 16 bytes (117 KiB at width 64: one block a
 // multiprocessor); slopes in float32 in the 16-bit modes (141 KiB).
 #pragma once
 
 #include "../abi.h"
-#include "../math/activation.h"
 #include "../math/loss.h"
 #include "../math/philox.h"
-#include "product.h"
+#include "number.h"
+#include "ray.h"
 
 namespace fastmeta {
 
@@ -48,17 +48,20 @@ constexpr int kMaxInputs = 4, kMaxOutputs = 8;
 
 FM_HOST_DEVICE constexpr int rounded_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-template <Mode kMode_, int kH, bool kDual_>
+// Rich kernels take encodings and rays too; the others stay as small as bare points let them.
+template <Mode kMode_, int kH, bool kDual_, bool kRich_ = false>
 struct Shape {
   static constexpr Mode kMode = kMode_;
-  static constexpr bool kDual = kDual_, kShort = is_short(kMode_);
+  static constexpr bool kDual = kDual_, kRich = kRich_, kShort = is_short(kMode_);
   static constexpr int kWidth = kH;
   static constexpr int kWarps = kH == 64 ? 8 : 4, kThreads = 32 * kWarps;
   // a multiprocessor holds at least, as far as registers go
-  static constexpr int kBlocks = kH == 64 ? (kShort && !kDual ? 2 : 1) : kDual ? 3 : 4;
-  static constexpr int kPoints = kH == 16   ? 64
-                                 : kH == 32 ? (kDual ? 32 : 64)
-                                            : (kShort ? 64 : 32) / (kDual ? 2 : 1);
+  static constexpr int kBlocks =
+      kH == 64 ? (kShort && !kDual && !kRich ? 2 : 1) : (kDual ? 3 : 4) - kRich;
+  static constexpr int kPoints =
+      kH == 16   ? 64
+      : kH == 32 ? (kDual ? 32 : 64)
+                 : (kShort ? (kRich && !kDual ? 32 : 64) : 32) / (kDual ? 2 : 1);
   static constexpr int kN = kH * kPoints / (128 * kWarps);
   static constexpr int kM = kH == 16 ? 2 : kH * kH / (128 * kWarps);
   static constexpr int kStrips = kPoints / 16;              // of 16 points
@@ -67,36 +70,43 @@ struct Shape {
   static constexpr int kTop = kH + 4;              // of the float32 input of the last layer
   static constexpr int kSegments = kThreads / kH;  // of points, in the sums of the edge layers
   static constexpr int kEdgeSums = kMaxInputs + 1 + kMaxOutputs + 1;
+  // fp16 needs a power of two for each tile of samples: their adjoints span what it cannot
+  static constexpr bool kLifts = kRich && kMode_ == Mode::kFp16;
   static constexpr int kSlot = kDual ? 8 : kShort ? 2 : 4;  // bytes of a kept slope
 };
 
 // Where everything lies in shared memory, in bytes.
 struct Layout {
-  int depth, inputs, outputs;
+  int depth, inputs, outputs, encoded, chunks;  // chunks: of kH features
   int weights, hidden, top, slopes, sums, bias_sums, first, biases, last, last_bias, points, index,
-      ends, scratch, size;
+      ends, scratch, features, raw, times, kept, samples, size;
 };
 
 template <class S>
-FM_HOST_DEVICE Layout layout_of(int depth, int inputs = 0, int outputs = 0) {
+FM_HOST_DEVICE Layout layout_of(int depth, int inputs = 0, int outputs = 0, int encoded = 0,
+                                int samples = 0) {
   const int operand = static_cast<int>(sizeof(Operand<S::kMode>)), inner = depth - 2;
   Layout y = {};
   y.depth = depth;
   y.inputs = inputs;
   y.outputs = outputs;
+  y.encoded = S::kRich ? encoded : 0;
+  y.chunks = (y.encoded + S::kWidth - 1) / S::kWidth;
+  const int matrices = inner + y.chunks;
   const auto take = [&](int bytes) {
     const int at = y.size;
     y.size += rounded_up(bytes, 16);
     return at;
   };
-  y.weights = take(S::kPlanes * inner * S::kWidth * kRow<S::kMode, S::kWidth> * operand);
-  y.hidden = take(S::kPlanes * inner * S::kPoints * kRow<S::kMode, S::kWidth> * operand);
+  y.weights = take(S::kPlanes * matrices * S::kWidth * kRow<S::kMode, S::kWidth> * operand);
+  const int tile = S::kPlanes * S::kPoints * kRow<S::kMode, S::kWidth> * operand;
+  y.hidden = take((inner || !y.chunks ? inner : 1) * tile);
   y.top = take(S::kPlanes * S::kPoints * S::kTop * 4);
   const int kept = (depth - 1) * S::kPoints * S::kWidth * S::kSlot;
   const int edges = S::kEdgeSums * S::kThreads * 4;  // there at the end of a pass
   y.slopes = take(kept > edges ? kept : edges);
-  y.sums = take(inner * 4 * S::kM * S::kThreads * 4);
-  y.bias_sums = take(inner * S::kWidth * 4);
+  y.sums = take(matrices * 4 * S::kM * S::kThreads * 4);
+  y.bias_sums = take((y.chunks ? inner + 1 : inner) * S::kWidth * 4);
   y.first = take(S::kPlanes * S::kWidth * kMaxInputs * 4);
   y.biases = take(S::kPlanes * (depth - 1) * S::kWidth * 4);
   y.last = take(S::kPlanes * S::kWidth * kMaxOutputs * 4);
@@ -104,38 +114,28 @@ FM_HOST_DEVICE Layout layout_of(int depth, int inputs = 0, int outputs = 0) {
   y.points = take(S::kPlanes * S::kPoints * kMaxInputs * 4);
   y.index = take(S::kPoints * 4);
   y.ends = take(S::kPlanes * S::kPoints * kMaxOutputs * 4);
-  y.scratch = take(64 * 4);
+  y.scratch = take(32 * 4);
+  if constexpr (S::kRich) {
+    y.features = take(y.chunks * tile);
+    if (samples) {
+      y.samples = samples > S::kPoints ? samples : S::kPoints;
+      y.raw = take(S::kPlanes * y.samples * 4 * 4);
+      y.times = take(y.samples * 4);
+      y.kept = take(S::kPlanes * y.samples / 2 * 4);  // of rays of two samples, the most
+    }
+  }
   return y;
 }
 
-template <bool kDual>
-struct NumberOf {
-  using type = float;
-};
-template <>
-struct NumberOf<true> {
-  using type = Dual<float>;
-};
-
-// What a gradient keeps of a product of two numbers: plain, all of it; dual, its tangent.
-FM_DEVICE float kept(float x, float y, float sum) { return fused(x, y, sum); }
-FM_DEVICE float kept(Dual<float> x, Dual<float> y, float sum) {
-  return fused(x.d, y.a, fused(x.a, y.d, sum));
-}
-FM_DEVICE float kept(float x) { return x; }
-FM_DEVICE float kept(Dual<float> x) { return x.d; }
-// sum + x y
-FM_DEVICE float plus_product(float sum, float x, float y) { return fused(x, y, sum); }
-FM_DEVICE Dual<float> plus_product(Dual<float> sum, Dual<float> x, Dual<float> y) {
-  return {fused(x.a, y.a, sum.a), kept(x, y, sum.d)};
-}
 FM_DEVICE float quad_sum_of(float x) { return quad_sum(x); }
 FM_DEVICE Dual<float> quad_sum_of(Dual<float> x) { return {quad_sum(x.a), quad_sum(x.d)}; }
 
 // What a pass over a task's points reads and leaves.
 struct Pass {
   const Data* data = nullptr;
-  int64_t task = 0, step = 0;
+  int64_t task = 0;
+  uint32_t step = 0;          // of the draw
+  int share = 0, shares = 1;  // of the task's tiles: every so many from that one on
   bool back = false;
   const float* gy = nullptr;  // ȳ of the points; null: of the loss
   const float* w = nullptr;   // tangent of the points; null: none
@@ -144,12 +144,26 @@ struct Pass {
   float scale = 1, along = 1;  // powers of two on adjoints and on tangents, undone by who reads
 };
 
+// A tile's place among the points or rays of a pass.
+struct Group {
+  int start = 0, count = 0;  // its first point or ray, and how many there are
+  int rays = 0;              // 0: points
+  int tile = 0;              // of a ray that has several
+  bool again = false;        // r̄aw is there
+};
+
+// Whole rays a tile holds, or the one that takes several tiles.
+template <class S>
+FM_HOST_DEVICE int rays_of_tile(int samples) {
+  return samples < S::kPoints ? S::kPoints / samples : 1;
+}
+
 template <class S>
 struct Block {
   static constexpr Mode kMode = S::kMode;
   static constexpr bool kDual = S::kDual;
   static constexpr int kH = S::kWidth, kN = S::kN, kM = S::kM, kPlanes = S::kPlanes;
-  using Number = typename NumberOf<kDual>::type;
+  using Number = NumberOf<kDual>;
   using Op = Operand<kMode>;
   struct Sums {
     float first[kMaxInputs], first_bias, last[kMaxOutputs], last_bias;
@@ -159,7 +173,7 @@ struct Block {
   char* base;
   const Layout& at;
   const int &depth, &inputs, &outputs;
-  int tid, warp, row, column, g, t, turn = 0;
+  int tid, warp, row, column, g, t;
   Sums sums;
   float loss;
 
@@ -239,7 +253,19 @@ struct Block {
   FM_DEVICE Op* operands(int offset) const { return reinterpret_cast<Op*>(base + offset); }
   // Weights between hidden layers l and l + 1, [out, in].
   FM_DEVICE Op* weights(int l, int plane) const {
-    return operands(at.weights) + (plane * (depth - 2) + l) * kH * kRow<kMode, kH>;
+    return operands(at.weights) + (plane * matrices() + l) * kH * kRow<kMode, kH>;
+  }
+  // Products of operands in a pass: between hidden layers, and of the chunks of features after them.
+  FM_DEVICE int matrices() const { return S::kRich ? depth - 2 + at.chunks : depth - 2; }
+  FM_DEVICE bool encodes() const { return S::kRich && at.chunks > 0; }
+  FM_DEVICE int first_inputs() const { return encodes() ? at.encoded : inputs; }
+  FM_DEVICE Op* features(int chunk, int plane) const {
+    return operands(at.features) + (plane * at.chunks + chunk) * S::kPoints * kRow<kMode, kH>;
+  }
+  // δ_1 where there are features: in the place of the first h, or at depth 2 in one of its own.
+  FM_DEVICE Op* first_delta(int plane) const {
+    const int planes = depth > 3 ? depth - 2 : 1;
+    return operands(at.hidden) + plane * planes * S::kPoints * kRow<kMode, kH>;
   }
   // h of hidden layer l, later δ of it. The last hidden layer's h is float32 (top); its δ, in the
   // operands' format, takes that place.
@@ -255,12 +281,16 @@ struct Block {
   // A row of natural parameters to shared memory: operands, and what the edge layers read; times a
   // power of two.
   FM_DEVICE void load_parameters(const float* theta, int plane, float scale) {
-    for (int i = tid; i < kH * kMaxInputs; i += S::kThreads) {
-      const int d = i % kMaxInputs;
-      floats(at.first)[plane * kH * kMaxInputs + i] =
-          d < inputs ? scale * theta[i / kMaxInputs * inputs + d] : 0.0f;
+    if (encodes()) {
+      load_chunks(theta, plane, scale);
+    } else {
+      for (int i = tid; i < kH * kMaxInputs; i += S::kThreads) {
+        const int d = i % kMaxInputs;
+        floats(at.first)[plane * kH * kMaxInputs + i] =
+            d < inputs ? scale * theta[i / kMaxInputs * inputs + d] : 0.0f;
+      }
     }
-    const float* from = theta + kH * inputs;
+    const float* from = theta + kH * first_inputs();
     for (int l = 0; l < depth - 1; ++l) {
       float* to = floats(at.biases) + (plane * (depth - 1) + l) * kH;
       for (int i = tid; i < kH; i += S::kThreads) to[i] = scale * from[i];
@@ -283,6 +313,31 @@ struct Block {
       floats(at.last_bias)[plane * kMaxOutputs + i] = scale * from[i];
   }
 
+  // W_1 on features, a matrix for each chunk; columns past the last feature are 0.
+  FM_DEVICE void load_chunks(const float* theta, int plane, float scale) {
+    const int E = at.encoded;
+    for (int i = tid; i < at.chunks * kH * kH / 2; i += S::kThreads) {
+      const int chunk = i / (kH * kH / 2), o = 2 * i / kH % kH, c = 2 * i % kH, f = chunk * kH + c;
+      const float* from = theta + o * E + f;
+      store_pair<kMode>(weights(depth - 2 + chunk, plane) + place<kMode, kH>(o, c),
+                        f < E ? scale * from[0] : 0.0f, f + 1 < E ? scale * from[1] : 0.0f);
+    }
+  }
+
+  // f(i, ḡ_i) for the sums of a product that this thread owns, at from + (out, in) of rows so long;
+  // columns from `columns` on are none.
+  template <class F>
+  FM_DEVICE void each_of_matrix(int which, int from, int row_length, int columns, F&& f) const {
+    if (warp >= S::kUnits) return;
+    const float* mine = floats(at.sums) + which * 4 * kM * S::kThreads + tid;
+    const int o = warp % (kH / 16) * 16 + g, c = warp / (kH / 16) * 8 * kM + 2 * t;
+    for (int j = 0; j < kM; ++j)
+      for (int e = 0; e < 4; ++e)
+        if (!S::kRich || c + 8 * j + e % 2 < columns)
+          f(from + (o + e / 2 * 8) * row_length + c + 8 * j + e % 2,
+            mine[(4 * j + e) * S::kThreads]);
+  }
+
   // f(i, ḡ_i) for the natural parameters that this thread answers for, each once, after a pass.
   template <class F>
   FM_DEVICE void each_gradient(F&& f) const {
@@ -292,19 +347,20 @@ struct Block {
       for (int s = 0; s < S::kSegments; ++s) sum += edges[which * S::kThreads + s * kH + feature];
       return sum;
     };
-    for (int i = tid; i < kH * inputs; i += S::kThreads)
-      f(i, over_segments(i % inputs, i / inputs));
-    int from = kH * inputs;
-    for (int i = tid; i < kH; i += S::kThreads) f(from + i, over_segments(kMaxInputs, i));
+    if (encodes()) {
+      for (int chunk = 0; chunk < at.chunks; ++chunk)
+        each_of_matrix(depth - 2 + chunk, chunk * kH, at.encoded, at.encoded - chunk * kH, f);
+    } else {
+      for (int i = tid; i < kH * inputs; i += S::kThreads)
+        f(i, over_segments(i % inputs, i / inputs));
+    }
+    int from = kH * first_inputs();
+    const float* first_bias = floats(at.bias_sums) + (depth - 2) * kH;
+    for (int i = tid; i < kH; i += S::kThreads)
+      f(from + i, encodes() ? first_bias[i] : over_segments(kMaxInputs, i));
     from += kH;
     for (int l = 0; l < depth - 2; ++l) {
-      if (warp < S::kUnits) {
-        const float* mine = floats(at.sums) + l * 4 * kM * S::kThreads + tid;
-        const int o = warp % (kH / 16) * 16 + g, c = warp / (kH / 16) * 8 * kM + 2 * t;
-        for (int j = 0; j < kM; ++j)
-          for (int e = 0; e < 4; ++e)
-            f(from + (o + e / 2 * 8) * kH + c + 8 * j + e % 2, mine[(4 * j + e) * S::kThreads]);
-      }
+      each_of_matrix(l, from, kH, kH, f);
       from += kH * kH;
       for (int i = tid; i < kH; i += S::kThreads) f(from + i, floats(at.bias_sums)[l * kH + i]);
       from += kH;
@@ -316,13 +372,12 @@ struct Block {
       f(from + i, over_segments(kMaxInputs + 1 + kMaxOutputs, i));
   }
 
-  // One number of all threads: the sum, or the largest; every thread gets it. Two places in turn:
-  // who writes one again has met those who read it before.
+  // One number of all threads: the sum, or the largest; every thread gets it.
   template <class F>
   FM_DEVICE float over_block(float mine, F&& of_warp) {
-    turn ^= 1;
-    float* all = floats(at.scratch) + 32 * turn;
+    float* all = floats(at.scratch);
     mine = of_warp(mine);
+    FM_MEET();  // the last number has been read
     if (tid % 32 == 0) all[warp] = mine;
     FM_MEET();
     return of_warp(tid % 32 < S::kWarps ? all[tid % 32] : 0.0f);
@@ -342,11 +397,7 @@ struct Block {
       const float x = abs(p[i]);
       largest = x > largest ? x : largest;
     }
-    largest = block_max(largest);
-    if (!(largest > 0.0f)) return 1.0f;
-    const int exponent = static_cast<int>(bits_of(largest) >> 23) - 126;
-    const int clipped = exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;
-    return float_of(static_cast<uint32_t>(127 - clipped) << 23);
+    return power_of(block_max(largest));
   }
 
   // Slopes ---
@@ -387,25 +438,69 @@ struct Block {
 
   // Forward ---
 
+  FM_DEVICE static bool marches(const Pass& pass) {
+    return S::kRich && pass.data->measure == Measure::k_march;
+  }
   FM_DEVICE int64_t points_of(const Pass& pass) const {
     const Data& d = *pass.data;
     return d.per_step ? d.per_step : d.counts ? d.counts[pass.task] : d.points;
   }
 
+  // Samples o + t d of a tile's rays, t = linspace(near, far, S) plus jitter; which rays they are
+  // (−1: none).
+  FM_DEVICE void load_samples(const Pass& pass, const Group& group) {
+    const Data& d = *pass.data;
+    const int count = static_cast<int>(d.march.samples);
+    const float near = static_cast<const float*>(d.near)[pass.task];
+    const float range = static_cast<const float*>(d.far)[pass.task] - near;
+    for (int p = tid; p < S::kPoints; p += S::kThreads) {
+      const int sample = group.tile * S::kPoints + p, ray = sample / count;
+      const int64_t unit = group.start + ray;
+      const bool there = ray < group.rays && unit < group.count;
+      const int index = there ? unit_index(pass, unit) : -1;
+      reinterpret_cast<int*>(base + at.index)[p] = index;
+      float time = 0;
+      if (there) {
+        const int s = sample - ray * count;
+        time = near + range * (static_cast<float>(s) / static_cast<float>(count - 1));
+        if (d.seed)
+          time += range / static_cast<float>(count) *
+                  draw_uniform(d.seed[pass.task], static_cast<uint32_t>(unit * count + s),
+                               pass.step, kJitter);
+        floats(at.times)[sample] = time;
+      }
+      const int64_t from = (pass.task * d.points + index) * 3;
+      for (int i = 0; i < kMaxInputs; ++i) {
+        const bool given = there && i < 3;
+        const float o = given ? static_cast<const float*>(d.origins)[from + i] : 0.0f;
+        const float v = given ? static_cast<const float*>(d.directions)[from + i] : 0.0f;
+        store(at.points, S::kPoints * kMaxInputs, p * kMaxInputs + i, plain_number(o + time * v));
+      }
+    }
+  }
+  FM_DEVICE static Number plain_number(float x) {
+    if constexpr (kDual) {
+      return {x, 0.0f};
+    } else {
+      return x;
+    }
+  }
+
+  // Which of the data the points or rays of a step are: all, or drawn.
+  FM_DEVICE int unit_index(const Pass& pass, int64_t unit) const {
+    const Data& d = *pass.data;
+    if (!d.per_step) return static_cast<int>(unit);
+    const int64_t upper = d.counts ? d.counts[pass.task] : d.points;
+    return static_cast<int>(draw_integer(d.seed[pass.task], static_cast<uint32_t>(unit), pass.step,
+                                         kPoints, static_cast<uint32_t>(upper)));
+  }
+
   // The tile's coordinates, and which rows of the data they are (−1: none).
-  FM_DEVICE void load_points(const Pass& pass, int64_t start, int64_t count) {
+  FM_DEVICE void load_points(const Pass& pass, int start, int count) {
     const Data& d = *pass.data;
     for (int p = tid; p < S::kPoints; p += S::kThreads) {
       int index = -1;
-      if (start + p < count) {
-        index = static_cast<int>(start + p);
-        if (d.per_step) {
-          const int64_t upper = d.counts ? d.counts[pass.task] : d.points;
-          index = static_cast<int>(draw_integer(d.seed[pass.task], static_cast<uint32_t>(index),
-                                                static_cast<uint32_t>(pass.step), kPoints,
-                                                static_cast<uint32_t>(upper)));
-        }
-      }
+      if (start + p < count) index = unit_index(pass, start + p);
       reinterpret_cast<int*>(base + at.index)[p] = index;
       const int64_t from = pass.task * d.x_stride + static_cast<int64_t>(index) * inputs;
       const float* x = static_cast<const float*>(d.x);
@@ -421,21 +516,37 @@ struct Block {
     }
   }
 
-  // (h, φ') of one z; phase is set where φ is a sine.
-  template <Activation kKind>
-  FM_DEVICE static void bend(Number z, float w0, Number& h, Number& slope, float& phase) {
-    if constexpr (kKind == Activation::k_sine) {
-      float s, c = 0;
-      if constexpr (kMode == Mode::kFp32) {
-        sincos_polynomial(w0 * value(z), s, c);
-      } else {
-        phase = reduce_turns(w0 * value(z));
-        s = sine_of_reduced(phase);
-        if (kDual || !S::kShort) c = cosine_of_reduced(phase);
-      }
-      along_curve(sine_curve(s, c, w0), z, h, slope);
-    } else {
-      activate<kKind>(z, w0, h, slope);
+  // Features ---
+
+  // Feature f of a point, and its slope along q.
+  template <bool kSlope>
+  FM_DEVICE Number feature(int p, int f, Number& slope) const {
+    slope = {};
+    if (f >= at.encoded) return Number{};
+    const float* basis = static_cast<const float*>(job.net.basis) + f;
+    Number q = {}, h;
+    FM_UNROLL for (int i = 0; i < kMaxInputs; ++i) {
+      if (i < inputs) q = plus_product(q, point(p, i), plain_number(basis[i * at.encoded]));
+    }
+    q = q + static_cast<const float*>(job.net.phase)[f];
+    if (f < static_cast<int>(job.net.identity)) {
+      slope = plain_number(1.0f);
+      return q;
+    }
+    float phase = 0;
+    bend<kMode, kDual || kSlope, Activation::k_sine>(q, 1.0f, h, slope, phase);
+    return h;
+  }
+
+  FM_DEVICE void write_features() const {
+    const int pairs = at.chunks * kH / 2;
+    for (int i = tid; i < S::kPoints * pairs; i += S::kThreads) {
+      const int p = i / pairs, f = i % pairs * 2;
+      Number slope;
+      const Number low = feature<false>(p, f, slope), high = feature<false>(p, f + 1, slope);
+      const int to = place<kMode, kH>(p, f % kH);
+      store_pair<kMode>(features(f / kH, 0) + to, value(low), value(high));
+      if constexpr (kDual) store_pair<kMode>(features(f / kH, 1) + to, low.d, high.d);
     }
   }
 
@@ -454,7 +565,7 @@ struct Block {
           } else {
             x = z[0][j][e] + b;
           }
-          bend<kKind>(x, w0, h, first, phase);
+          bend<kMode, kDual || !S::kShort, kKind>(x, w0, h, first, phase);
           keep_slope(l, 4 * j + e, first, phase, kKind == Activation::k_sine);
           z[0][j][e] = value(h);
           if constexpr (kDual) z[1][j][e] = h.d;
@@ -478,8 +589,11 @@ struct Block {
     }
   }
   FM_DEVICE void write_hidden(int l, const float (&h)[kPlanes][kN][4]) const {
+    write_matrix(hidden(l, 0), kDual ? hidden(l, 1) : nullptr, h);
+  }
+  FM_DEVICE void write_matrix(Op* values, Op* tangents, const float (&h)[kPlanes][kN][4]) const {
     FM_UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
-      Op* to = hidden(l, plane);
+      Op* to = plane ? tangents : values;
       FM_UNROLL for (int j = 0; j < kN; ++j) {
         const int c = column + 8 * j + 2 * t;
         store_pair<kMode>(to + place<kMode, kH>(row + g, c), h[plane][j][0], h[plane][j][1]);
@@ -488,10 +602,36 @@ struct Block {
     }
   }
 
+  // z += h Wᵀ of the warp's points and features.
+  FM_DEVICE void add_product(float (&z)[kPlanes][kN][4], const Op* values, const Op* tangents,
+                             int which) const {
+    const Matrix<kMode, kH> h = matrix(values), w = matrix(weights(which, 0));
+    multiply<kMode, kN, false, true>(z[0], h, row, w, column, kH);
+    if constexpr (kDual) {
+      multiply<kMode, kN, false, true>(z[1], h, row, matrix(weights(which, 1)), column, kH);
+      multiply<kMode, kN, false, true>(z[1], matrix(tangents), row, w, column, kH);
+    }
+  }
+  // h̄ = δ W, over what delta holds.
+  FM_DEVICE void pull_back(float (&delta)[kPlanes][kN][4], const Op* values, const Op* tangents,
+                           int which) const {
+    clear(delta);
+    const Matrix<kMode, kH> d = matrix(values), w = matrix(weights(which, 0));
+    multiply<kMode, kN, false, false>(delta[0], d, row, w, column, kH);
+    if constexpr (kDual) {
+      multiply<kMode, kN, false, false>(delta[1], matrix(tangents), row, w, column, kH);
+      multiply<kMode, kN, false, false>(delta[1], d, row, matrix(weights(which, 1)), column, kH);
+    }
+  }
+
   FM_DEVICE void forward_hidden() {
     for (int l = 0; l < depth - 1; ++l) {
       float z[kPlanes][kN][4] = {};
-      if (l == 0) {
+      if (l == 0 && encodes()) {
+        FM_UNROLL_1 for (int c = 0; c < at.chunks; ++c) {
+          add_product(z, features(c, 0), features(c, 1), depth - 2 + c);
+        }
+      } else if (l == 0) {
         FM_UNROLL for (int j = 0; j < kN; ++j) {
           FM_UNROLL for (int e = 0; e < 4; ++e) {
             const int p = row + g + e / 2 * 8, c = column + 8 * j + 2 * t + e % 2;
@@ -504,12 +644,7 @@ struct Block {
           }
         }
       } else {
-        const Matrix<kMode, kH> h = matrix(hidden(l - 1, 0)), w = matrix(weights(l - 1, 0));
-        multiply<kMode, kN, false, true>(z[0], h, row, w, column, kH);
-        if constexpr (kDual) {
-          multiply<kMode, kN, false, true>(z[1], h, row, matrix(weights(l - 1, 1)), column, kH);
-          multiply<kMode, kN, false, true>(z[1], matrix(hidden(l - 1, 1)), row, w, column, kH);
-        }
+        add_product(z, hidden(l - 1, 0), kDual ? hidden(l - 1, 1) : nullptr, l - 1);
       }
       finish_layer(l, z);
       FM_MEET();
@@ -517,7 +652,7 @@ struct Block {
   }
 
   // y, the loss and δ_L of a tile; four lanes share a point.
-  FM_DEVICE void finish_points(const Pass& pass, float mean) {
+  FM_DEVICE void finish_points(const Pass& pass, const Group& group, float mean) {
     const Data& d = *pass.data;
     const float clamp = d.clamp > 0 ? static_cast<float>(d.clamp) : INFINITY;
     for (int item = tid; item < 4 * S::kPoints; item += S::kThreads) {
@@ -541,7 +676,7 @@ struct Block {
         }
       }
       FM_UNROLL_1 for (int c = part; c < outputs; c += 4) {
-        finish_output(pass, mean, clamp, p, index, c, c < 4 ? mine[0] : mine[1]);
+        finish_output(pass, group, mean, clamp, p, index, c, c < 4 ? mine[0] : mine[1]);
       }
       const int beyond = outputs / 4 * 4 + part;  // what ends() fills its four with
       if (beyond >= outputs && beyond < kMaxOutputs) {
@@ -549,14 +684,22 @@ struct Block {
       }
     }
   }
-  FM_DEVICE void finish_output(const Pass& pass, float mean, float clamp, int p, int64_t index,
-                               int c, Number z) {
+  FM_DEVICE void finish_output(const Pass& pass, const Group& group, float mean, float clamp, int p,
+                               int64_t index, int c, Number z) {
     const Data& d = *pass.data;
     Number y = {}, slope = {}, delta = {};
     with_output(job.net.output,
                 [&](auto tag) { activate<decltype(tag)::kValue>(z, 1.0f, y, slope); });
     y = y + static_cast<float>(job.net.shift);
-    if (index >= 0) {
+    if (S::kRich && group.rays) {
+      const int place = (group.tile * S::kPoints + p) * 4 + c;
+      if (index >= 0) delta = slope;  // times r̄aw, once that is known
+      if (group.again) {
+        if (index >= 0) delta = delta * load(at.raw, 4 * at.samples, place);
+      } else if (index >= 0) {
+        store(at.raw, 4 * at.samples, place, y);
+      }
+    } else if (index >= 0) {
       if (pass.y) pass.y[index * outputs + c] = kept(y) * (kDual ? 1.0f / pass.along : 1.0f);
       if (pass.gy) {
         delta = slope * (pass.scale * pass.gy[index * outputs + c]);
@@ -573,10 +716,63 @@ struct Block {
     store(at.ends, S::kPoints * kMaxOutputs, p * kMaxOutputs + c, delta);
   }
 
+  // What the group's rays show, a warp a ray; their loss; r̄aw in the place of raw.
+  FM_DEVICE void composite_rays(const Pass& pass, const Group& group, float mean) {
+    const Data& d = *pass.data;
+    const float clamp = d.clamp > 0 ? static_cast<float>(d.clamp) : INFINITY;
+    const int count = static_cast<int>(d.march.samples);
+    FM_UNROLL_1 for (int ray = warp; ray < group.rays; ray += S::kWarps) {
+      const int64_t index = reinterpret_cast<const int*>(base + at.index)[ray * count];
+      if (index < 0) break;
+      const auto raw = [&](int64_t i, int c) {
+        return load(at.raw, 4 * at.samples, (ray * count + static_cast<int>(i)) * 4 + c);
+      };
+      const auto time = [&](int64_t i) { return plain_number(floats(at.times)[ray * count + i]); };
+      const WarpRay<kDual, decltype(raw), decltype(time)> walk(
+          d.march, raw, time, floats(at.kept) + ray * kept_of_ray(count, kDual));
+      const Shown<Number> shown = walk.forward();
+      const float* target = static_cast<const float*>(d.y) + (pass.task * d.points + index) * 3;
+      Shown<Number> bar = {};
+      FM_UNROLL for (int c = 0; c < 3; ++c) {
+        float ell;
+        loss_terms(d.loss, clamp, shown.rgb[c], target[c], ell, bar.rgb[c]);
+        bar.rgb[c] = bar.rgb[c] * mean;
+        if (tid % 32 == c) loss = fused(ell, mean, loss);
+      }
+      if (!pass.back) continue;
+      walk.backward(
+          bar,
+          [&](int64_t i, int c, Number x) {
+            store(at.raw, 4 * at.samples, (ray * count + static_cast<int>(i)) * 4 + c, x);
+          },
+          [](int64_t, Number) {});
+    }
+  }
+  // δ_L of a tile's samples from their r̄aw; each thread those whose φ' it left.
+  FM_DEVICE void times_raw(const Group& group) const {
+    for (int item = tid; item < 4 * S::kPoints; item += S::kThreads) {
+      const int p = item / 4, c = item % 4;
+      if (reinterpret_cast<const int*>(base + at.index)[p] < 0) continue;
+      const Number adjoint = load(at.raw, 4 * at.samples, (group.tile * S::kPoints + p) * 4 + c);
+      store(at.ends, S::kPoints * kMaxOutputs, p * kMaxOutputs + c, end(p, c) * adjoint);
+    }
+  }
+  // The power of two that brings the tile's δ_L into fp16's range.
+  FM_DEVICE float lift_of() {
+    float largest = 0;
+    for (int item = tid; item < 4 * S::kPoints; item += S::kThreads) {
+      const Number x = end(item / 4, item % 4);
+      largest = most(largest, abs(value(x)));
+      if constexpr (kDual) largest = most(largest, abs(x.d));
+    }
+    return power_of(block_max(largest));
+  }
+  FM_DEVICE static float most(float a, float b) { return b > a ? b : a; }
+
   // Backward ---
 
   // The last layer's gradient, and δ of the last hidden layer.
-  FM_DEVICE void leave_last(float (&delta)[kPlanes][kN][4]) {
+  FM_DEVICE void leave_last(float (&delta)[kPlanes][kN][4], float lift) {
     const int feature = tid % kH;
     for (int p = tid / kH; p < S::kPoints; p += S::kSegments) {
       const Number h = top(p, feature);
@@ -604,6 +800,13 @@ struct Block {
       }
     }
     times_slope(depth - 2, delta);
+    if constexpr (S::kLifts) {
+      FM_UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
+        FM_UNROLL for (int j = 0; j < kN; ++j) {
+          FM_UNROLL for (int e = 0; e < 4; ++e) delta[plane][j][e] *= lift;
+        }
+      }
+    }
   }
 
   // A fragment's element as a number.
@@ -643,62 +846,111 @@ struct Block {
     }
   }
 
-  // W̄ between hidden layers l − 1 and l, added to this thread's sums.
-  FM_DEVICE void add_weight_gradient(int l) {
+  // W̄ of a product, W̄ += δᵀ h, in this thread's sums; and b̄, if with it. undo: of the tile's power
+  // of two.
+  FM_DEVICE void add_weight_gradient(int which, const Op* delta_a, const Op* delta_d, const Op* h_a,
+                                     const Op* h_d, bool with_bias, int bias, float undo) {
     if (warp >= S::kUnits) return;
-    float* mine = floats(at.sums) + (l - 1) * 4 * kM * S::kThreads + tid;
+    float* mine = floats(at.sums) + which * 4 * kM * S::kThreads + tid;
     const int o = warp % (kH / 16) * 16, c = warp / (kH / 16) * 8 * kM;
-    float sum[kM][4], ones[4] = {};
-    FM_UNROLL for (int j = 0; j < kM; ++j) {
-      FM_UNROLL for (int e = 0; e < 4; ++e) sum[j][e] = mine[(4 * j + e) * S::kThreads];
+    const bool first = c == 0 && with_bias;
+    float sum[kM][4] = {}, ones[4] = {};
+    if constexpr (!S::kLifts) {
+      FM_UNROLL for (int j = 0; j < kM; ++j) {
+        FM_UNROLL for (int e = 0; e < 4; ++e) sum[j][e] = mine[(4 * j + e) * S::kThreads];
+      }
     }
-    const Matrix<kMode, kH> delta = matrix(hidden(l, 0)), h = matrix(hidden(l - 1, 0));
+    const Matrix<kMode, kH> delta = matrix(delta_a), h = matrix(h_a);
     if constexpr (kDual) {
-      const Matrix<kMode, kH> delta_d = matrix(hidden(l, 1)), h_d = matrix(hidden(l - 1, 1));
-      multiply<kMode, kM, true, false>(sum, delta_d, o, h, c, S::kPoints, c == 0, ones);
-      multiply<kMode, kM, true, false>(sum, delta, o, h_d, c, S::kPoints);
+      multiply<kMode, kM, true, false>(sum, matrix(delta_d), o, h, c, S::kPoints, first, ones);
+      multiply<kMode, kM, true, false>(sum, delta, o, matrix(h_d), c, S::kPoints);
     } else {
-      multiply<kMode, kM, true, false>(sum, delta, o, h, c, S::kPoints, c == 0, ones);
+      multiply<kMode, kM, true, false>(sum, delta, o, h, c, S::kPoints, first, ones);
     }
     FM_UNROLL for (int j = 0; j < kM; ++j) {
-      FM_UNROLL for (int e = 0; e < 4; ++e) mine[(4 * j + e) * S::kThreads] = sum[j][e];
+      FM_UNROLL for (int e = 0; e < 4; ++e) {
+        float& to = mine[(4 * j + e) * S::kThreads];
+        to = S::kLifts ? fused(undo, sum[j][e], to) : sum[j][e];
+      }
     }
-    if (c == 0 && t == 0) {
-      float* to = floats(at.bias_sums) + (l - 1) * kH + o + g;
-      to[0] += ones[0];
-      to[8] += ones[2];
+    if (first && t == 0) {
+      float* to = floats(at.bias_sums) + bias * kH + o + g;
+      to[0] = S::kLifts ? fused(undo, ones[0], to[0]) : to[0] + ones[0];
+      to[8] = S::kLifts ? fused(undo, ones[2], to[8]) : to[8] + ones[2];
     }
   }
 
-  FM_DEVICE void backward(const Pass& pass) {
+  FM_DEVICE void backward(const Pass& pass, float lift) {
+    const float undo = S::kLifts ? 1.0f / lift : 1.0f;
     float delta[kPlanes][kN][4];
-    leave_last(delta);
+    leave_last(delta, lift);
     FM_MEET();  // top has been read
     for (int l = depth - 2; l > 0; --l) {
       write_hidden(l, delta);
       FM_MEET();
-      add_weight_gradient(l);
-      clear(delta);
-      const Matrix<kMode, kH> d = matrix(hidden(l, 0)), w = matrix(weights(l - 1, 0));
-      multiply<kMode, kN, false, false>(delta[0], d, row, w, column, kH);
-      if constexpr (kDual) {
-        multiply<kMode, kN, false, false>(delta[1], matrix(hidden(l, 1)), row, w, column, kH);
-        multiply<kMode, kN, false, false>(delta[1], d, row, matrix(weights(l - 1, 1)), column, kH);
-      }
+      const Op *d0 = hidden(l, 0), *d1 = kDual ? hidden(l, 1) : nullptr;
+      add_weight_gradient(l - 1, d0, d1, hidden(l - 1, 0), kDual ? hidden(l - 1, 1) : nullptr, true,
+                          l - 1, undo);
+      pull_back(delta, d0, d1, l - 1);
       times_slope(l - 1, delta);
       FM_MEET();  // δ_l and h_{l-1} have been read
     }
+    if (encodes()) return leave_features(pass, delta, undo);
     write_top(delta);
     FM_MEET();
     const int feature = tid % kH;
     for (int p = tid / kH; p < S::kPoints; p += S::kSegments) {
-      const Number d = top(p, feature);
+      Number d = top(p, feature);
+      if constexpr (S::kLifts) d = d * undo;
       FM_UNROLL for (int i = 0; i < kMaxInputs; ++i) {
         if (i < inputs) sums.first[i] = kept(d, point(p, i), sums.first[i]);
       }
       sums.first_bias += kept(d);
     }
     if (pass.gx) leave_points(pass);
+  }
+
+  // The first layer on features: its gradients, and x̄ where it is wanted.
+  FM_DEVICE void leave_features(const Pass& pass, float (&delta)[kPlanes][kN][4], float undo) {
+    const Op *d0 = first_delta(0), *d1 = kDual ? first_delta(1) : nullptr;
+    write_matrix(first_delta(0), kDual ? first_delta(1) : nullptr, delta);
+    FM_MEET();  // features: δ_1 is written
+    FM_UNROLL_1 for (int c = 0; c < at.chunks; ++c) {
+      add_weight_gradient(depth - 2 + c, d0, d1, features(c, 0), kDual ? features(c, 1) : nullptr,
+                          c == 0, depth - 2, undo);
+    }
+    if (!pass.gx) return;
+    FM_UNROLL_1 for (int c = 0; c < at.chunks; ++c) {
+      pull_back(delta, d0, d1, depth - 2 + c);
+      write_top(delta);
+      FM_MEET();  // features: h̄_0 is written
+      leave_points_of_chunk(pass, c);
+      FM_MEET();  // features: top has been read
+    }
+  }
+  // x̄ += (cos q ⊙ h̄_0) Bᵀ over the features of a chunk; four lanes share a point.
+  FM_DEVICE void leave_points_of_chunk(const Pass& pass, int chunk) {
+    const float undo = 1.0f / pass.scale * (kDual ? 1.0f / pass.along : 1.0f);
+    const float* basis = static_cast<const float*>(job.net.basis) + chunk * kH;
+    for (int item = tid; item < 4 * S::kPoints; item += S::kThreads) {
+      const int p = item / 4, part = item % 4;
+      const int64_t index = reinterpret_cast<const int*>(base + at.index)[p];
+      float sum[kMaxInputs] = {};
+      FM_UNROLL_1 for (int f = part; f < kH && chunk * kH + f < at.encoded; f += 4) {
+        Number slope;
+        feature<true>(p, chunk * kH + f, slope);
+        const float h = kept(slope * top(p, f));
+        FM_UNROLL for (int i = 0; i < kMaxInputs; ++i) {
+          if (i < inputs) sum[i] = fused(h, basis[i * at.encoded + f], sum[i]);
+        }
+      }
+      FM_UNROLL for (int i = 0; i < kMaxInputs; ++i) {
+        const float all = quad_sum(sum[i]);
+        if (part != i || i >= inputs || index < 0) continue;
+        float* to = pass.gx + index * inputs + i;
+        *to = chunk ? fused(undo, all, *to) : undo * all;
+      }
+    }
   }
 
   // x̄ = δ_1 W_1; four lanes share a point.
@@ -716,27 +968,56 @@ struct Block {
     }
   }
 
-  // The pass over all points of a task: afterwards each_gradient gives the sums, and the loss is
-  // returned, to every thread.
+  // The pass over a share of a task's points or rays: afterwards each_gradient gives the sums, and
+  // the loss is returned, to every thread.
+  //
+  // A group is a tile of points, or the rays that fill a tile, or one ray of several tiles: these go
+  // forward in turn, and back from the last one on, all but that one forward again.
   FM_DEVICE float run(const Pass& pass) {
-    const int64_t count = points_of(pass);
-    const float mean = 1.0f / static_cast<float>(count * outputs);
+    const Data& d = *pass.data;
+    const bool rays = marches(pass);
+    const int samples = rays ? static_cast<int>(d.march.samples) : 1;
+    Group group;
+    group.count = static_cast<int>(points_of(pass));
+    const int units = rays ? rays_of_tile<S>(samples) : S::kPoints;
+    const int tiles = rays ? (units * samples + S::kPoints - 1) / S::kPoints : 1;
+    const float mean =
+        1.0f / (static_cast<float>(group.count) * static_cast<float>(rays ? 3 : outputs));
+    group.rays = rays ? units : 0;
     sums = {};
     loss = 0;
     if (pass.back) {
-      for (int i = 0; i < (depth - 2) * 4 * kM; ++i) floats(at.sums)[i * S::kThreads + tid] = 0.0f;
-      for (int i = tid; i < (depth - 2) * kH; i += S::kThreads) floats(at.bias_sums)[i] = 0.0f;
+      for (int i = 0; i < matrices() * 4 * kM; ++i) floats(at.sums)[i * S::kThreads + tid] = 0.0f;
+      const int biases = encodes() ? depth - 1 : depth - 2;
+      for (int i = tid; i < biases * kH; i += S::kThreads) floats(at.bias_sums)[i] = 0.0f;
     }
-    for (int64_t start = static_cast<int64_t>(block_y()) * S::kPoints; start < count;
-         start += static_cast<int64_t>(blocks_y()) * S::kPoints) {
-      FM_MEET();  // the last tile's points have been read, or the parameters are written
-      load_points(pass, start, count);
-      FM_MEET();
-      forward_hidden();
-      finish_points(pass, mean);
-      if (pass.back) {
+    for (group.start = pass.share * units; group.start < group.count;
+         group.start += pass.shares * units) {
+      FM_UNROLL_1 for (int visit = 0; visit < (pass.back ? 2 * tiles - 1 : tiles); ++visit) {
+        group.again = visit >= tiles;
+        group.tile = group.again ? 2 * tiles - 2 - visit : visit;
+        FM_MEET();  // the last tile's points have been read, or the parameters are written
+        if (rays) {
+          load_samples(pass, group);
+        } else {
+          load_points(pass, group.start, group.count);
+        }
         FM_MEET();
-        backward(pass);
+        if (encodes()) {
+          write_features();
+          FM_MEET();  // features are written
+        }
+        forward_hidden();
+        finish_points(pass, group, mean);
+        if (rays && visit == tiles - 1) {
+          FM_MEET();  // rays: raw is written
+          composite_rays(pass, group, mean);
+          FM_MEET();  // rays: r̄aw is written
+          if (pass.back) times_raw(group);
+        }
+        if (!pass.back || visit < tiles - 1) continue;
+        FM_MEET();
+        backward(pass, S::kLifts && rays ? lift_of() : 1.0f);
       }
     }
     if (!pass.back) return block_sum(loss);

@@ -32,4 +32,24 @@ FM_HOST_DEVICE void project_angle_adjoint(const T* line, const int32_t* pixels, 
     }
 }
 
+// The same by sums of one number each: rows first, first + step, ... of column c, and the entries of
+// a pixel (a W + c, sorted by pixel), from read(place in the image) and read(place in the sinogram).
+template <class N, class Read>
+FM_HOST_DEVICE N project_column(const int32_t* pixels, int64_t size, int64_t c, int64_t first,
+                                int64_t step, Read&& read) {
+  N sum{};
+  for (int64_t r = first; r < size; r += step) {
+    const int32_t k = pixels[r * size + c];
+    if (k >= 0) sum = sum + read(k);
+  }
+  return sum;
+}
+template <class N, class Read>
+FM_HOST_DEVICE N project_pixel_adjoint(const int32_t* order, int64_t first, int64_t last,
+                                       int64_t step, Read&& read) {
+  N sum{};
+  for (int64_t i = first; i < last; i += step) sum = sum + read(order[i]);
+  return sum;
+}
+
 }  // namespace fastmeta

@@ -11,13 +11,12 @@ every run, no atomics.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..batch import Inverse
+from ..batch import inverse_pixels as inverse
 from .launch import launch
 
 ROWS_TILE, COLUMNS_TILE = 32, 64
@@ -69,23 +68,6 @@ def _adjoint(
         from_ = tl.load(order + entry, mask=mine, other=0)
         total += tl.load(sino + from_, mask=mine, other=0.0)
     tl.store(image + task * (SIZE * SIZE) + p, tl.sum(total, 1) / SIZE, mask=inside)
-
-
-class Inverse(NamedTuple):
-    """For each pixel, the places of the sinogram that it went to."""
-
-    order: Tensor  # [T,A·W·W] int32: a W + c of the entries (a,r,c), sorted by pixel
-    starts: Tensor  # [T,W·W+1] int32: where each pixel's entries begin
-
-
-def inverse(pixels: Tensor) -> Inverse:
-    """The entries of pixels [T,A,W,W] by pixel, in the order (a,r,c): a stable sort."""
-    T, A, W, _ = pixels.shape
-    by_pixel, entry = torch.sort(pixels.flatten(1), dim=1, stable=True)
-    order = (entry // (W * W) * W + entry % W).to(torch.int32)
-    bounds = torch.arange(W * W + 1, device=pixels.device, dtype=by_pixel.dtype).expand(T, -1)
-    starts = torch.searchsorted(by_pixel, bounds.contiguous(), out_int32=True)
-    return Inverse(order, starts)
 
 
 def project(image: Tensor, pixels: Tensor, out: Tensor | None = None) -> Tensor:
