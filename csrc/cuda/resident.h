@@ -4,11 +4,12 @@
 //   maml      the same, then λ_K = ∇L_query(θ_K) / T (plain kernel); then
 //             λ_k = λ_{k+1} + H_k ḡ_k (+ ω ḡ_k), ā_k = −λ_{k+1} ⊙ u_k (dual kernel)
 //
-// Single passes of few tasks share the points of a task among blocks, whose sums a small second
-// kernel adds in order. One launch runs all steps of all tasks; the operands stay in shared memory for a pass, θ, the
-// rule's states and λ are float32 in device memory, which is read and written once a step by the
-// block that owns the task: 8 bytes a parameter and step against 24 multiply-adds a parameter and
-// 64 points. Sums over tasks are a small second kernel, in the order of the tasks.
+// of points or along rays, on bare coordinates or features (tile.h); a query may be of the other kind.
+// Single passes of few tasks share the points or rays of a task among blocks, whose sums a small
+// second kernel adds in order. One launch runs all steps of all tasks; the operands stay in shared
+// memory for a pass, θ, the rule's states and λ are float32 in device memory, which is read and
+// written once a step by the block that owns the task: 8 bytes a parameter and step against 24
+// multiply-adds a parameter and 64 points. Sums over tasks are a small second kernel, in the order of the tasks.
 #pragma once
 
 #include "tile.h"
