@@ -113,7 +113,7 @@ cpu = _Cpu()
 class _Cuda:
     """The worker on NVIDIA GPUs: compiled by nvcc when it is first used, or ahead of time.
 
-    Small networks on bare coordinates run whole inner loops in one launch, any others layer by
+    Small networks, on points or along rays, run whole inner loops in one launch, others layer by
     layer; the compiled module decides.
     """
 

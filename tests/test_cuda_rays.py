@@ -235,6 +235,22 @@ def test_every_barrier_of_features_and_rays_is_needed(passes, variant):
         assert caught, f"nothing noticed that this barrier was gone: {barriers()[place]}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", FAST, **NAME)
+def test_clean_under_sanitizers(build, variant):
+    """AddressSanitizer and UBSan, in a process of their own."""
+    emulated.run_sanitized(
+        build,
+        variant,
+        f"""
+import test_cuda_rays
+passes = native.Passes("cuda", native.Device(library, {variant[1]!r}))
+for t in test_cuda_rays.everything(passes, {variant[0]}):
+    assert t.isfinite().all()
+""",
+    )
+
+
 # What the resident program takes ---
 
 

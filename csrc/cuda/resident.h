@@ -5,6 +5,7 @@
 //   maml      the same, then λ_K = ∇L_query(θ_K) / T (plain kernel); then
 //             λ_k = λ_{k+1} + H_k ḡ_k (+ ω ḡ_k), ā_k = −λ_{k+1} ⊙ u_k (dual kernel)
 //
+// of points or along rays, on bare coordinates or features (tile.h); a query may be of the other kind.
 // One launch runs all steps of all tasks. A pass over a share of a task's tiles leaves a row of
 // sums, in shared memory over the operands, which are done with then; of few tasks with many points
 // there are several shares, run by a team (team.h). The team meets, and each number's owner, a
