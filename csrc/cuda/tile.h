@@ -44,8 +44,9 @@
 //   64     256      64 (32)        128 (192)         113 (157): two blocks a multiprocessor
 //   64     256      32 (16)        147 (134)         fp32 and tf32: 122 (160)
 //
-// Registers as ptxas 13.0 reports them on sm_90, of the inner loops' kernels, single passes take no
-// more; no spills (sm_80: one register at width 64 in fp16, plain).
+// Registers as ptxas 13.0 reports them on sm_90, of the inner loops' kernels on points; single passes
+// take no more. Spills: a register or two, once a pass, of the plain inner loops in 16 bit (sm_80:
+// three).
 //
 // Rich kernels, nerf_mlp of depth 4 on 60 features, rays of 128 samples; no spills:
 //
