@@ -11,7 +11,7 @@ import subprocess
 
 import emulated
 import pytest
-import rounded
+import rounded_cuda as rounded
 import torch
 from helpers import error, parameters, rand
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import emulated
 import pytest
-import rounded
+import rounded_cuda as rounded
 import torch
 from helpers import error, parameters, rand
 from test_cuda import (  # noqa: F401

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import emulated
 import pytest
-import rounded
+import rounded_cuda as rounded
 import torch
 from helpers import parameters, rand
 from test_cuda import (

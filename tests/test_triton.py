@@ -1,7 +1,7 @@
 """The Triton worker under its interpreter: roundings, tails, chunks, repeated bits, captured loops.
 
-Values in float64 are compared with ``fastmeta.reference``; every precision with ``rounding.py``,
-which rounds where the kernels round. The interpreter is chosen when triton is imported, so these
+Values in float64 are compared with ``fastmeta.reference``; every precision with
+``rounded_triton.py``, which rounds where the kernels round. The interpreter is chosen when triton is imported, so these
 tests need TRITON_INTERPRET=1.
 """
 
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import error, generator, parameters, rand
-from rounding import Rounding, rounded
+from rounded_triton import Rounding, rounded
 
 import fastmeta as fm
 from fastmeta import reference
