@@ -101,7 +101,7 @@ docs: $(READY)
 lint: $(READY)
 	@$(BIN)/python -c "import ruff, mypy, clang_format" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp
+	@$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu
 
 clean:
 	rm -rf $(VENV) $(VENV)-peers build dist *.egg-info runs/demo docs/_build docs/auto_gallery

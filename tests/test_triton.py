@@ -1,8 +1,8 @@
 """The Triton worker under its interpreter: roundings, tails, chunks, repeated bits, captured loops.
 
 Values in float64 are compared with ``fastmeta.reference``; every precision with
-``rounded_triton.py``, which rounds where the kernels round. The interpreter is chosen when triton is imported, so these
-tests need TRITON_INTERPRET=1.
+``rounded_triton.py``, which rounds where the kernels round. The interpreter is chosen when triton
+is imported, so these tests need TRITON_INTERPRET=1.
 """
 
 import contextlib
