@@ -12,10 +12,12 @@ Only the standard library is imported here: setup.py runs this file before the p
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -58,19 +60,58 @@ def ninja() -> str | None:
     return shutil.which("ninja", path=os.pathsep.join(folders))
 
 
+def toolkit(compiler: str) -> tuple[int, int] | None:
+    """The CUDA that a compiler is of; None where it does not say."""
+    try:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def driver() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver runs; None where there is no driver."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _versions(compiler: str) -> str | None:
+    """Why what a compiler makes would not run here, or None."""
+    runs = driver()
+    made = toolkit(compiler) if runs is not None else None
+    if runs is None or made is None:
+        return None
+    if made[0] < 12:
+        return f"not compiled: {compiler} is of CUDA {made[0]}.{made[1]} (12 or newer)"
+    if runs[0] < made[0]:  # within a major version older drivers run what newer toolkits make
+        return (
+            f"not compiled: {compiler} is of CUDA {made[0]}.{made[1]}, the driver runs CUDA "
+            f"{runs[0]}.{runs[1]}; a newer driver, or a toolkit of CUDA {runs[0]} (set CUDA_HOME)"
+        )
+    return None
+
+
 def missing() -> str | None:
     """Why the kernels can be neither found nor built here, or None."""
     if _ahead_of_time() is not None:
         return None
     if sources() is None:
         return "the kernels' sources are not installed; reinstall fastmeta"
-    if nvcc() is None:
+    compiler = nvcc()
+    if compiler is None:
         return "not compiled, and no nvcc is found (CUDA toolkit 12 or newer; set CUDA_HOME)"
     if importlib.util.find_spec("pybind11") is None:
         return "not compiled, which needs the package 'pybind11': pip install pybind11"
     if ninja() is None:
         return "not compiled, which needs the package 'ninja': pip install ninja"
-    return None
+    return _versions(compiler)
 
 
 def _ahead_of_time() -> Path | None:

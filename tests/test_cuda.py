@@ -609,6 +609,36 @@ def test_old_devices_and_missing_compilers_are_named(monkeypatch):
     assert reason == "not compiled, which needs the package 'ninja': pip install ninja"
 
 
+@pytest.mark.parametrize(
+    ("driver", "toolkit", "sentence"),
+    [
+        ((12, 8), (13, 0), "nvcc is of CUDA 13.0, the driver runs CUDA 12.8; a newer driver, or a"),
+        ((12, 2), (11, 8), "nvcc is of CUDA 11.8 (12 or newer)"),
+        ((12, 2), (12, 9), None),
+        ((13, 1), (12, 4), None),
+        (None, (13, 0), None),
+        ((12, 2), None, None),
+    ],
+)
+def test_drivers_that_are_too_old_are_named(monkeypatch, driver, toolkit, sentence):
+    """Within a major version of CUDA any driver runs what any toolkit makes."""
+    monkeypatch.setattr(cuda_build, "_ahead_of_time", lambda: None)
+    monkeypatch.setattr(cuda_build, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(cuda_build, "ninja", lambda: "ninja")
+    monkeypatch.setattr(cuda_build, "driver", lambda: driver)
+    monkeypatch.setattr(cuda_build, "toolkit", lambda compiler: toolkit)
+    reason = cuda_build.missing()
+    assert reason is None if sentence is None else sentence in reason
+
+
+def test_the_toolkit_says_its_version(tmp_path):
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.6, V12.6.20'\n")
+    compiler.chmod(0o755)
+    assert cuda_build.toolkit(str(compiler)) == (12, 6)
+    assert cuda_build.toolkit(str(tmp_path / "absent")) is None
+
+
 # What it compiles depends on its source and on the header.
 FAKE = """#!/bin/sh
 echo "$@" >> {log}
@@ -628,6 +658,7 @@ def fake_nvcc(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cuda_build, "_ahead_of_time", lambda: None)
     monkeypatch.setattr(cuda_build, "_import", lambda path: path)
+    monkeypatch.setattr(cuda_build, "driver", lambda: None)
 
     def write(fail: str = "true"):
         path = tmp_path / "nvcc"
